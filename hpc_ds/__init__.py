@@ -1,0 +1,46 @@
+"""hpc_ds: distributed PyTorch training jobs that own themselves from submit to the last step.
+
+The public names are loaded when first used (PEP 562): importing hpc_ds loads neither torch nor pydantic.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "add_config_arguments": "hpc_ds.engine.initialize",
+    "initialize": "hpc_ds.engine.initialize",
+    "init_distributed": "hpc_ds.runtime.process_group",
+    "Engine": "hpc_ds.engine.engine",
+    "Preempted": "hpc_ds.runtime.preemption",
+    "CheckpointError": "hpc_ds.errors",
+    "ConfigError": "hpc_ds.errors",
+    "DivergedError": "hpc_ds.errors",
+    "HpcdsError": "hpc_ds.errors",
+    "RankError": "hpc_ds.errors",
+}
+
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604 - the names are those of the table
+
+if TYPE_CHECKING:
+    from hpc_ds.engine.engine import Engine
+    from hpc_ds.engine.initialize import add_config_arguments, initialize
+    from hpc_ds.errors import CheckpointError, ConfigError, DivergedError, HpcdsError, RankError
+    from hpc_ds.runtime.preemption import Preempted
+    from hpc_ds.runtime.process_group import init_distributed
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from the room it lives in."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'hpc_ds' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""The schedulers: Slurm, and the same on this machine."""

@@ -1,0 +1,1 @@
+"""The ZeRO and mixed-precision training engine, on FSDP2."""

@@ -1,0 +1,1 @@
+"""Which ranks run where, and the runners that start them."""
