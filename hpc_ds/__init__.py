@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from hpc_ds.version import __version__
 
 _HOME = {
     "add_config_arguments": "hpc_ds.engine.initialize",
@@ -23,7 +23,19 @@ _HOME = {
     "RankError": "hpc_ds.errors",
 }
 
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604 - the names are those of the table
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DivergedError",
+    "Engine",
+    "HpcdsError",
+    "Preempted",
+    "RankError",
+    "__version__",
+    "add_config_arguments",
+    "init_distributed",
+    "initialize",
+]
 
 if TYPE_CHECKING:
     from hpc_ds.engine.engine import Engine

@@ -1,0 +1,46 @@
+# The two commands of the README: `make demo` and `make test`. `make check` is what a change must pass first.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# The release that the project is tested with. On a machine without a GPU, PyTorch's own index has a smaller CPU build:
+# make demo PIP_TORCH="--index-url <the CPU index named on pytorch.org> torch"
+PIP_TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-fast check format clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(PIP_TORCH)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/gpt/demo.sh
+
+test: $(VENV)/.installed-dev
+	bash tests/install_system_packages.sh
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Without Slurm, MPI or whole jobs: what needs seconds.
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slurm and not mpi and not ranks and not local" $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

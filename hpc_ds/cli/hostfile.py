@@ -1,0 +1,39 @@
+"""``hpcds hostfile``: write the hostfile of a node list, or of the Slurm job or step it is called in."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from typing import Annotated
+
+import typer
+
+
+def hostfile(
+    node_list: Annotated[
+        str | None,
+        typer.Argument(metavar="NODELIST", help="Hosts, as 'gpu[01-04]'. Default: those of this Slurm job or step."),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option("--slots", metavar="N", help="Processes on each host. Default: what the Slurm job asks, else 1."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write this file instead of printing.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="A JSON list of {name, slots} instead.")] = False,
+) -> None:
+    """Print the hosts of a node list or of this Slurm job as a hostfile, one 'NAME slots=N' a line."""
+    import json
+    import os
+
+    from hpc_ds.launch.hostfile import hosts_from_list, hosts_from_slurm, render, write
+
+    if node_list is None:
+        hosts = hosts_from_slurm(os.environ, slots)
+    else:
+        hosts = hosts_from_list(node_list, 1 if slots is None else slots)
+    text = json.dumps([host._asdict() for host in hosts]) + "\n" if json_output else render(hosts)
+    if output is None:
+        print(text, end="")
+    else:
+        write(output, text)

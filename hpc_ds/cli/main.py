@@ -1,0 +1,61 @@
+"""``hpcds``: the app, and the one place where an error of ours becomes a sentence and an exit code.
+
+Every verb imports what it needs when it is called, so that ``--help`` and the light verbs stay fast.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Optional
+
+import typer
+
+from hpc_ds.cli import hostfile, runs, submit
+from hpc_ds.errors import HpcdsError
+from hpc_ds.version import __version__
+
+app = typer.Typer(
+    name="hpcds",
+    help="Training jobs on Slurm and on this machine that own themselves until their last step.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("submit", context_settings={"allow_interspersed_args": True})(submit.submit)
+app.command("status")(runs.status)
+app.command("logs")(runs.logs)
+app.command("cancel")(runs.cancel)
+app.command("preempt")(runs.preempt)
+app.command("resume")(runs.resume)
+app.command("hostfile")(hostfile.hostfile)
+app.command("supervise")(runs.supervise)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hpcds {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        Optional[bool],  # noqa: UP045 - typer evaluates this on Python 3.10
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop."),
+    ] = None,
+) -> None:
+    """Training jobs on Slurm and on this machine that own themselves until their last step."""
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except HpcdsError as error:
+        sys.stderr.write(f"hpcds: {error}\n")
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: nothing is wrong.
+        sys.stderr.close()
+        sys.exit(141)

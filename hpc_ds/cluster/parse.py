@@ -1,0 +1,72 @@
+"""Pure parsers of what Slurm prints."""
+
+from __future__ import annotations
+
+import re
+import time
+
+from hpc_ds.cluster.scheduler import JobState
+from hpc_ds.errors import ParseError
+
+# "Key=value Key=value ...": a value may hold spaces, a key never does.
+_FIELD = re.compile(r"(?:^|\s)([A-Z][A-Za-z0-9/:_-]*)=")
+_TASK_END = re.compile(r"srun: error: (?P<host>\S+): tasks? (?P<tasks>[0-9,\[\]-]+): (?P<how>.+)")
+
+
+def parse_job_id(text: str) -> str:
+    """The job id that ``sbatch --parsable`` printed (``id`` or ``id;cluster``).
+
+    Raises:
+        ParseError: it printed something else.
+    """
+    lines = text.strip().splitlines()
+    match = re.fullmatch(r"(\d+)(?:;.*)?", lines[-1].strip()) if lines else None
+    if not match:
+        raise ParseError(f"sbatch answer {text!r}: no job id in it; look whether the job is queued", text, text)
+    return match.group(1)
+
+
+def parse_fields(line: str) -> dict[str, str]:
+    """The fields of one ``scontrol show job -o`` line."""
+    marks = list(_FIELD.finditer(line))
+    ends = [mark.start() for mark in marks[1:]] + [len(line)]
+    return {mark.group(1): line[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)}
+
+
+def parse_job(line: str) -> JobState:
+    """The state of a job from one ``scontrol show job -o`` line.
+
+    Raises:
+        ParseError: the line has no job state.
+    """
+    fields = parse_fields(line)
+    if "JobState" not in fields:
+        raise ParseError(f"scontrol answer {line[:200]!r}: no JobState in it; is this Slurm?", line)
+    preempt_time = fields.get("PreemptTime", "None")
+    state = fields["JobState"].split(",")[0].split("+")[0]
+    return JobState(
+        state=state,
+        reason=fields.get("Reason", "None"),
+        restarts=int(fields.get("Restarts", "0") or 0),
+        preempting=preempt_time not in {"None", "Unknown", ""},
+        end_time=parse_time(fields.get("EndTime", "")),
+        nodes=fields.get("NodeList", "").replace("(null)", ""),
+        held=fields.get("Priority") == "0" and state in {"PENDING", "SPECIAL_EXIT", "REQUEUE_HOLD"},
+    )
+
+
+def parse_time(text: str) -> float | None:
+    """Seconds since the epoch of Slurm's local time, such as ``2026-01-31T13:45:00``; None for Unknown, None, N/A."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+
+
+def parse_task_end(line: str) -> tuple[str, int, str] | None:
+    """Host, first task id and manner of one srun message such as ``srun: error: n2: task 3: Killed``; else None."""
+    match = _TASK_END.match(line.strip())
+    if not match:
+        return None
+    first = re.search(r"\d+", match["tasks"])
+    return match["host"], int(first.group()) if first else 0, match["how"].strip()

@@ -1,0 +1,83 @@
+"""Linux processes: who descends from whom, who still lives, and who dies with its parent."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def child_setup(die_with_parent: signal.Signals) -> Callable[[], None]:
+    """What a child does between fork and exec: unblock all signals, and ask for one when its parent ends.
+
+    For ``Popen(preexec_fn=...)`` of processes with one thread that wait for signals with them blocked: a child would
+    inherit the block. The function makes system calls only, which is all that is safe there.
+    """
+    parent = os.getpid()
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def set_up() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        libc.prctl(_PR_SET_PDEATHSIG, int(die_with_parent), 0, 0, 0)
+        if os.getppid() != parent:  # it ended already
+            os.kill(os.getpid(), die_with_parent)
+
+    return set_up
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends, so that none escapes."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; with its id this names it for good. None: no such process."""
+    stat = _stat(pid)
+    return None if stat is None or stat[0] == "Z" else int(stat[19])
+
+
+def is_alive(pid: int, started: int) -> bool:
+    """Whether the process that had this id and start time still runs."""
+    return start_time(pid) == started
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below ``pid``, parents before children."""
+    children: dict[int, list[int]] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            stat = _stat(int(entry.name))
+            if stat is not None:
+                children.setdefault(int(stat[1]), []).append(int(entry.name))
+    found, queue = [], [pid]
+    while queue:
+        below = children.get(queue.pop(0), [])
+        found += below
+        queue += below
+    return found
+
+
+def send(pids: Iterable[int], *numbers: signal.Signals) -> None:
+    """Send signals to processes; those that have ended are passed over."""
+    for pid in pids:
+        for number in numbers:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat after the command name: state, parent, ... ; None: no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()

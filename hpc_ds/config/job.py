@@ -1,0 +1,225 @@
+"""What a job asks for: the shape of ``job.json``.
+
+Every key but ``script`` or ``command`` has a default. The table of keys stands in docs/job.md.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from hpc_ds.config.model import Model
+from hpc_ds.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]{0,99}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OPTION = re.compile(r"[a-z][a-z0-9-]*")
+_LONGEST_AUTO_LEAD_S, _SHORTEST_AUTO_LEAD_S, _AUTO_LEAD_SHARE = 180, 30, 0.1
+
+
+def time_limit_s(text: str) -> int:
+    """Seconds of a time limit as Slurm writes it.
+
+    ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``. Source: the sbatch manual, ``--time``.
+
+    Raises:
+        ValueError: the text is none of these, or stands for no time at all.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
+        raise ValueError("not a time limit; use minutes, HH:MM:SS or D-HH:MM:SS")
+    days, *fields = match.groups()
+    numbers = [int(field) for field in fields if field is not None]
+    # Without days the last of two fields is seconds; with days the first is hours.
+    weights = [3600, 60, 1] if days is not None or len(numbers) == 3 else [60, 1]
+    seconds = int(days or 0) * 86400 + sum(n * weight for n, weight in zip(numbers, weights, strict=False))
+    if seconds <= 0:
+        raise ValueError("no time at all; leave it out for the cluster's default")
+    return seconds
+
+
+def _time_limit(text: str) -> str:
+    time_limit_s(text)
+    return text
+
+
+def _one_line(text: str) -> str:
+    if any(ord(char) < 32 or ord(char) == 127 for char in text):
+        raise ValueError("has a line break or control character; use plain text on one line")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Resources(Model):
+    """What to ask the cluster for."""
+
+    nodes: Positive = 1
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    tasks_per_node: Positive | None = Field(None, description="ranks on a node; default: one per GPU, else 1")
+    cpus_per_task: Positive | None = None
+    mem: Line | None = Field(None, description="memory of a node, as sbatch --mem takes it")
+    time: Annotated[str, AfterValidator(_time_limit)] | None = None
+    partition: Line | None = None
+    account: Line | None = None
+    qos: Line | None = None
+    constraint: Line | None = None
+    exclude: list[Line] = Field(default_factory=list, description="nodes not to use")
+    sbatch: dict[str, Line | int | bool | None] = Field(
+        default_factory=dict, description="any other sbatch option; true or null for one without a value"
+    )
+
+    @field_validator("sbatch")
+    @classmethod
+    def _option_names(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name in options:
+            if not _OPTION.fullmatch(name):
+                raise ValueError(f'{name!r} is not an option name; write it without dashes, such as "mail-type"')
+        return options
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Processes on each node."""
+        return self.tasks_per_node or max(self.gpus_per_node, 1)
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.nodes * self.ranks_per_node
+
+
+class Runtime(Model):
+    """Which Python the job runs with."""
+
+    kind: Literal["current", "venv"] = "current"
+    path: Line | None = Field(None, description="the virtual environment's folder, for kind venv")
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> Runtime:
+        if (self.kind == "venv") != (self.path is not None):
+            raise ValueError(
+                f"path {self.path!r} does not fit kind {self.kind!r}; kind 'venv' needs a path, no other has one"
+            )
+        return self
+
+
+class Checkpoint(Model):
+    """When and where the engine saves by itself."""
+
+    dir: Line | None = Field(None, description="default: checkpoints/ in the run folder")
+    every_steps: Positive | None = None
+    every_minutes: Annotated[float, Field(gt=0, strict=False)] | None = 30.0
+    keep: Positive | None = Field(3, description="how many to keep; null keeps all")
+    async_: bool = Field(default=False, alias="async", description="accepted; saves are synchronous in this version")
+
+
+class Restart(Model):
+    """How the run ends an attempt, and how often it may start again."""
+
+    signal: Literal["USR2", "USR1", "TERM", "INT", "HUP"] = "USR2"
+    lead: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="seconds before the time limit at which ranks are told to save"
+    )
+    max_crashes: Annotated[int, Field(ge=0)] = 3
+    max_restarts: Annotated[int, Field(ge=0)] | None = None
+
+
+class JobConfig(Model):
+    """One job, as a user asks for it."""
+
+    name: str = "run"
+    script: Line | None = None
+    args: list[str] = Field(default_factory=list)
+    command: Annotated[list[str], Field(min_length=1)] | None = None
+    workdir: Line | None = Field(None, description="where the ranks start; default: the job file's folder")
+    site: Line = "auto"
+    resources: Resources = Field(default_factory=Resources)
+    training: Line | dict[str, Any] | None = Field(None, description="the DeepSpeed JSON, or its file")
+    env: dict[str, str] = Field(default_factory=dict)
+    env_from: list[str] = Field(default_factory=list, description="variables taken from the submitting shell")
+    setup: list[str] = Field(default_factory=list, description="shell lines before the ranks start")
+    runtime: Runtime = Field(default_factory=Runtime)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    restart: Restart = Field(default_factory=Restart)
+    launcher: Literal["srun"] = "srun"
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                "not a run name; use letters, digits and . _ + @ -, at most 100, the first a letter or digit"
+            )
+        return name
+
+    @field_validator("args", "command")
+    @classmethod
+    def _no_nul(cls, words: list[str] | None) -> list[str] | None:
+        if any("\0" in word for word in words or ()):
+            raise ValueError("has a NUL character; no program can be given one")
+        return words
+
+    @field_validator("env")
+    @classmethod
+    def _variables(cls, env: dict[str, str]) -> dict[str, str]:
+        _check_variables(env)
+        if any("\0" in value for value in env.values()):
+            raise ValueError("has a NUL character; no environment can hold one")
+        return env
+
+    @field_validator("env_from")
+    @classmethod
+    def _variable_names(cls, names: list[str]) -> list[str]:
+        _check_variables(names)
+        return names
+
+    @model_validator(mode="after")
+    def _one_program(self) -> JobConfig:
+        if (self.script is None) == (self.command is None):
+            given = "both" if self.script is not None else "neither"
+            raise ValueError(f"script, command: {given} given; give one of them")
+        return self
+
+
+def _check_variables(names: Any) -> None:
+    for name in names:
+        if not _VARIABLE.fullmatch(name):
+            raise ValueError(f"{name!r} is not a variable name; use letters, digits and _")
+        if name.startswith(("SLURM_", "HPCDS_")):
+            raise ValueError(f"{name!r} is set by the launcher itself; leave it out")
+
+
+def lead_s(job: JobConfig) -> int:
+    """Seconds before the time limit at which ranks are told to save.
+
+    ``auto`` is a tenth of the limit, at least 30 and at most 180; 60 where there is no limit.
+
+    Raises:
+        ConfigError: the job would be told to stop before it has begun.
+    """
+    limit = time_limit_s(job.resources.time) if job.resources.time is not None else None
+    if job.restart.lead != "auto":
+        lead = job.restart.lead
+    elif limit is None:
+        lead = 60
+    else:
+        lead = int(min(max(limit * _AUTO_LEAD_SHARE, _SHORTEST_AUTO_LEAD_S), _LONGEST_AUTO_LEAD_S))
+    if limit is not None and limit <= lead:
+        raise ConfigError(
+            f"resources.time {job.resources.time!r}: not longer than restart.lead {lead} s, so the job would be told to "
+            "stop at once; ask for more time",
+            key="resources.time",
+            value=job.resources.time,
+        )
+    return lead
+
+
+def python_of(job: JobConfig) -> str:
+    """The interpreter that the job runs with."""
+    return sys.executable if job.runtime.path is None else str(Path(job.runtime.path) / "bin" / "python")

@@ -1,0 +1,183 @@
+"""From what a user wrote (file, site, overrides) to one frozen config, or an error that names file, key and value.
+
+Relative paths in a job file are relative to that file; in overrides and options, to the current folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpc_ds.config.job import JobConfig
+from hpc_ds.config.model import check, nearest
+from hpc_ds.config.site import SiteConfig
+from hpc_ds.config.training import load_training, resolve_batch_sizes
+from hpc_ds.errors import ConfigError, SiteError
+from hpc_ds.shipped import shipped
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: no such file, not JSON (with line and column), not an object, or a key given twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{what} {str(path)!r}: no such file; check the path", file=str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what} {str(path)!r}: cannot be read: {error}; check it", file=str(path)) from None
+    try:
+        data = json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{what} {str(path)!r}, line {error.lineno}, column {error.colno}: not JSON: {error.msg.lower()}; mend it there",
+            file=str(path),
+        ) from None
+    except (KeyError, RecursionError) as error:
+        problem = f"key {error.args[0]!r} is given twice" if isinstance(error, KeyError) else "nested too deeply"
+        raise ConfigError(f"{what} {str(path)!r}: {problem}; keep one", file=str(path)) from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{what} {str(path)!r}: not a JSON object; write {{ ... }}", file=str(path))
+    return data
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in data:
+            raise KeyError(key)
+        data[key] = value
+    return data
+
+
+def load_job_file(path: Path, overrides: Sequence[str] = (), args: Sequence[str] = ()) -> JobConfig:
+    """The job in ``path``, with ``key=value`` overrides and further script arguments, every path made absolute.
+
+    Raises:
+        ConfigError: see ``build_job``.
+    """
+    return build_job(read_json(path, "job file"), overrides, args, file=str(path), base=path.resolve().parent)
+
+
+def build_job(
+    data: dict[str, Any], overrides: Sequence[str] = (), args: Sequence[str] = (), *, file: str, base: Path
+) -> JobConfig:
+    """A job from plain data; relative paths in ``data`` are relative to ``base``.
+
+    Raises:
+        ConfigError: something in it is not usable; file, key, value and what is allowed are named.
+    """
+    data = _absolute_paths(data, base)
+    for override in overrides:
+        _apply(data, override)
+    data = _absolute_paths({"workdir": str(base), **data}, Path.cwd())
+    if args:
+        data["args"] = [*(data.get("args") or []), *args]
+    job: JobConfig = check(JobConfig, data, file)
+    if job.script is not None and not Path(job.script).is_file():
+        raise ConfigError(f"{file}: script {job.script!r}: no such file; check the path", file=file, key="script")
+    if isinstance(job.training, str):
+        job = job.model_copy(update={"training": read_json(Path(job.training), "training config")})
+    if job.training is not None:
+        check_training(job.training, job.resources.world_size, file)  # type: ignore[arg-type] # a path was read above
+    return job
+
+
+def check_training(data: dict[str, Any], world_size: int, file: str) -> list[str]:
+    """Check a training config against the world it will run in; returns its warnings.
+
+    Raises:
+        ConfigError: an unknown key, a value out of range, or batch sizes that contradict each other.
+    """
+    config, warnings = load_training(data, f"{file}: training")
+    if config.train_batch_size is not None or config.train_micro_batch_size_per_gpu is not None:
+        resolve_batch_sizes(config, world_size)
+    return warnings
+
+
+def load_resolved(path: Path) -> JobConfig:
+    """The job as ``hpcds submit`` wrote it into a run folder.
+
+    Raises:
+        ConfigError: the file is missing or was changed into something else.
+    """
+    job: JobConfig = check(JobConfig, read_json(path, "run config"), str(path))
+    return job
+
+
+def resolved(job: JobConfig) -> dict[str, Any]:
+    """The job as plain data; ``load_resolved`` reads it back."""
+    return job.model_dump(mode="json", by_alias=True)
+
+
+def load_site(name: str) -> SiteConfig:
+    """A site by its name, or by the path of its file.
+
+    Raises:
+        SiteError: no such site (the known ones are named), or its file is not usable.
+    """
+    files = site_files()
+    looks_like_path = os.sep in name or name.endswith(".json")
+    if name not in files and not looks_like_path:
+        raise SiteError(f"site {name!r}: unknown; {nearest(name, sorted(files))}", key="site", value=name)
+    path = Path(name) if looks_like_path else files[name]
+    try:
+        site: SiteConfig = check(SiteConfig, read_json(path, "site file"), str(path))
+    except ConfigError as error:
+        raise SiteError(str(error), file=error.file, key=error.key, value=error.value) from None
+    return site
+
+
+def site_files() -> dict[str, Path]:
+    """Every known site and its file: those shipped, and those in ``~/.config/hpcds/sites``, which come first."""
+    folders = [shipped("site_configs"), Path.home() / ".config" / "hpcds" / "sites"]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
+
+
+def _absolute_paths(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    data = dict(data)
+    for key in ("script", "training", "workdir"):
+        if isinstance(data.get(key), str):
+            data[key] = str(base / Path(data[key]).expanduser())
+    for section, key in (("checkpoint", "dir"), ("runtime", "path")):
+        if isinstance(data.get(section), dict) and isinstance(data[section].get(key), str):
+            data[section] = {**data[section], key: str(base / Path(data[section][key]).expanduser())}
+    return data
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Set one ``a.b=value``: JSON where the value is JSON and the key does not want text, else text."""
+    key, equals, text = override.partition("=")
+    if not equals or not key or "" in key.split("."):
+        raise ConfigError(f"--set {override!r}: not KEY=VALUE; write for example resources.nodes=4", value=override)
+    *sections, last = key.split(".")
+    holder = data
+    for section in sections:
+        inner = holder.get(section)
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override!r}: {section} is not a section; check the key", key=key, value=text)
+        holder[section] = holder = dict(inner)
+    try:
+        holder[last] = text if _wants_text(key) else json.loads(text)
+    except json.JSONDecodeError:
+        holder[last] = text
+
+
+_TEXT_KEYS = {
+    "name", "script", "site", "launcher", "restart.signal", "checkpoint.dir", "runtime.kind", "runtime.path",
+    *(f"resources.{key}" for key in ("mem", "time", "partition", "account", "qos", "constraint")),
+}  # fmt: skip
+
+
+def _wants_text(key: str) -> bool:
+    """Whether ``--set KEY=123`` means the text "123"."""
+    return key in _TEXT_KEYS or key.startswith("env.")

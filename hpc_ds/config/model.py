@@ -1,0 +1,129 @@
+"""The base of every model of this room, and how pydantic's complaints become one sentence of ours."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hpc_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pydantic_core import ErrorDetails
+
+
+class Model(BaseModel):
+    """Strict, frozen, and closed: an unknown key, or text where a number belongs, is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, protected_namespaces=())
+
+
+_WRONG_TYPE = {
+    "int_type": ("not a whole number", "give a number without quotes or fraction"),
+    "int_from_float": ("not a whole number", "give a number without fraction"),
+    "float_type": ("not a number", "give a number without quotes"),
+    "finite_number": ("not a finite number", "give an ordinary number"),
+    "string_type": ("not text", "put it in quotes"),
+    "bool_type": ("neither true nor false", "give true or false without quotes"),
+    "list_type": ("not a list", "give a list in [ ]"),
+    "dict_type": ("not a section", "give a section in { }"),
+    "float_parsing": ("not a number", "give a number"),
+    "model_type": ("not a section", "give a section in { }"),
+    "model_attributes_type": ("not a section", "give a section in { }"),
+}
+
+
+def check(model: type[Model], data: Mapping[str, Any], file: str) -> Any:
+    """Validate ``data`` as ``model``.
+
+    Raises:
+        ConfigError: naming file, key, value and what is allowed, for all that is wrong, in one sentence.
+    """
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        raise _as_config_error(error, model, file) from None
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The cure for an unknown word: the known one that it resembles, or all of them."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))
+
+
+def _as_config_error(error: ValidationError, model: type[Model], file: str) -> ConfigError:
+    details = error.errors(include_url=False)
+    # A union reports one complaint for each of its members: the first at a place says enough.
+    first_at: dict[str, ErrorDetails] = {}
+    for detail in details:
+        first_at.setdefault(_key_of(detail, model), detail)
+    sentences = [_sentence(key, detail, model) for key, detail in first_at.items()]
+    key, detail = next(iter(first_at.items()))
+    return ConfigError(f"{file}: " + ", and ".join(sentences), file=file, key=key, value=detail.get("input"))
+
+
+def _key_of(detail: ErrorDetails, model: type[Model]) -> str:
+    """The dotted key of a complaint, without the tags pydantic adds for the members of a union."""
+    parts: list[str] = []
+    annotation: object = model
+    for part in detail["loc"]:
+        if isinstance(part, int):
+            parts[-1:] = [f"{parts[-1]}[{part}]"] if parts else [f"[{part}]"]
+        elif (fields := _fields(annotation)) is not None:
+            if part in fields or detail["type"] in {"extra_forbidden", "missing"}:
+                annotation = fields.get(part)
+                parts.append(part)
+        elif _is_mapping(annotation) and "[" not in part:
+            annotation = None  # below a key of the user's own there are only tags
+            parts.append(part)
+    return ".".join(parts)
+
+
+def _sentence(key: str, detail: ErrorDetails, model: type[Model]) -> str:
+    kind, value = detail["type"], detail.get("input")
+    if kind == "extra_forbidden":
+        known = list(_fields_at(model, key.split(".")[:-1]) or ())
+        return f"{key}: unknown key; {nearest(key.rsplit('.', 1)[-1], known)}"
+    if kind == "missing":
+        return f"{key}: missing; it has no default"
+    if not key:
+        return str(detail.get("ctx", {}).get("error", detail["msg"]))
+    if kind in _WRONG_TYPE:
+        wrong, cure = _WRONG_TYPE[kind]
+        return f"{key} {value!r}: {wrong}; {cure}"
+    if kind in {"literal_error", "enum"}:
+        return f"{key} {value!r}: not one of the choices; use {detail['ctx']['expected']}"
+    if kind == "value_error" and isinstance(value, dict):
+        return f"{key}: {detail['ctx']['error']}"
+    if kind == "value_error":
+        return f"{key} {value!r}: {detail['ctx']['error']}"
+    message = detail["msg"].removeprefix("Input should be ")
+    return f"{key} {value!r}: out of range; it must be {message}"
+
+
+def _fields(annotation: object) -> dict[str, object] | None:
+    """JSON key -> annotation of the model in ``annotation`` (possibly one member of a union), or None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {field.alias or name: field.annotation for name, field in annotation.model_fields.items()}
+    if get_origin(annotation) in {Union, types.UnionType}:
+        for member in get_args(annotation):
+            found = _fields(member)
+            if found is not None:
+                return found
+    return None
+
+
+def _is_mapping(annotation: object) -> bool:
+    members = get_args(annotation) if get_origin(annotation) in {Union, types.UnionType} else (annotation,)
+    return any(get_origin(member) is dict or member is dict for member in members)
+
+
+def _fields_at(model: type[Model], path: list[str]) -> dict[str, object] | None:
+    annotation: object = model
+    for part in path:
+        annotation = (_fields(annotation) or {}).get(part.split("[")[0])
+    return _fields(annotation)

@@ -1,0 +1,136 @@
+"""What of a training run must be saved, as tensors by name and plain data, and how it comes back.
+
+Optimizer hyperparameters are not saved: they come from the config, so a changed learning rate or weight decay takes
+effect on resume. Names are those of ``module.named_parameters()``, so any stage and world size reads the same files.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hpc_ds.checkpoint.metadata import tensors_in
+from hpc_ds.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+
+
+def tensors_to_save(
+    module: nn.Module, optimizer: torch.optim.Optimizer | None, *, frozen: bool = True
+) -> dict[str, torch.Tensor]:
+    """Parameters, persistent buffers and the optimizer's tensors, by name."""
+    tensors = {_MODEL + name: tensor for name, tensor in _model_tensors(module, frozen=frozen).items()}
+    if optimizer is not None:
+        for name, parameter in module.named_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{_OPTIMIZER}{name}.{key}"] = value
+    return tensors
+
+
+def tensors_to_load(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None, *, strict: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors of this process that a checkpoint fills, in place.
+
+    State that the optimizer does not have yet is made, in the shape that the checkpoint has.
+
+    Raises:
+        CheckpointError: model and checkpoint differ in names or shapes.
+    """
+    stored = tensors_in(path)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in _model_tensors(module).items():
+        entry = stored.get(_MODEL + name)
+        if entry is None:
+            if strict:
+                raise CheckpointError(
+                    f"checkpoint {str(path)!r}: it has no {name!r}; load_module_strict=False passes it over"
+                )
+        elif entry.size != tensor.shape:
+            raise CheckpointError(
+                f"checkpoint {str(path)!r}: {name!r} has shape {tuple(entry.size)}, the model {tuple(tensor.shape)}; load it "
+                "into the model that it was saved from"
+            )
+        else:
+            tensors[_MODEL + name] = tensor
+    _refuse_extra(path, stored, tensors, strict=strict)
+    if optimizer is not None:
+        tensors |= _optimizer_tensors(stored, module, optimizer)
+    return tensors
+
+
+def random_states() -> dict[str, Any]:
+    """The random-number states of this rank, as plain types and tensors."""
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    if "numpy" in sys.modules:
+        kind, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
+        states["numpy"] = [kind, torch.tensor(keys.astype("int64")), position, has_gauss, cached]
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Take up ``random_states``; those of a device or library that is not here now are passed over."""
+    torch.set_rng_state(states["torch"])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    if "numpy" in states and "numpy" in sys.modules:
+        kind, keys, position, has_gauss, cached = states["numpy"]
+        sys.modules["numpy"].random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, cached))
+
+
+def _model_tensors(module: nn.Module, *, frozen: bool = True) -> dict[str, torch.Tensor]:
+    parameters = {name: value for name, value in module.named_parameters() if frozen or value.requires_grad}
+    kept = module.state_dict(keep_vars=True)  # leaves out non-persistent buffers
+    buffers = {name: value for name, value in module.named_buffers() if name in kept}
+    return {name: value.detach() for name, value in {**parameters, **buffers}.items()}
+
+
+def _refuse_extra(path: Path, stored: dict[str, Any], tensors: dict[str, torch.Tensor], *, strict: bool) -> None:
+    extra = [name.removeprefix(_MODEL) for name in stored if name.startswith(_MODEL) and name not in tensors]
+    if extra and strict:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r}: the model has no {extra[0]!r}; load_module_strict=False passes it over"
+        )
+
+
+def _optimizer_tensors(
+    stored: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    keys_of: dict[str, list[str]] = {}
+    for full_name in stored:
+        if full_name.startswith(_OPTIMIZER):
+            name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition(".")
+            keys_of.setdefault(name, []).append(key)
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    tensors: dict[str, torch.Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name, state = names[parameter], optimizer.state[parameter]
+            for key in keys_of.get(name, ()):
+                full_name = f"{_OPTIMIZER}{name}.{key}"
+                state[key] = tensors[full_name] = _like(stored[full_name], parameter, state.get(key), group)
+    return tensors
+
+
+def _like(entry: Any, parameter: nn.Parameter, present: object, group: dict[str, Any]) -> torch.Tensor:
+    """A tensor for one piece of optimizer state: sharded like its parameter where it has its shape."""
+    if isinstance(present, torch.Tensor) and present.shape == entry.size:
+        return present
+    if entry.size == parameter.shape and parameter.dim() > 0:
+        return torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
+    # Step counters stay on the CPU unless a kernel on the device reads them.
+    device = parameter.device if group.get("fused") or group.get("capturable") or parameter.dim() == 0 else "cpu"
+    return torch.zeros(entry.size, dtype=entry.properties.dtype, device=device)

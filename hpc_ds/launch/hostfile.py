@@ -1,0 +1,210 @@
+"""Hostfiles: which hosts, and how many processes on each, in DeepSpeed's form ``name slots=N``.
+
+What may be one, stricter than DeepSpeed where DeepSpeed runs on fewer hosts than meant: no host twice, no ``slots=0``,
+nothing glued to the number; a folded name ``gpu[01-04]`` stands for its hosts instead of for itself.
+
+From Slurm, slots are the first of these that is there:
+
+    SLURM_GPUS_PER_TASK     times the tasks of each node, which Slurm packs unevenly (3,1 for 4 tasks on 2 nodes)
+    SLURM_GPUS_PER_NODE     what a job asks of each node; a step inherits it, so there the next one goes first
+    SLURM_GPUS_ON_NODE      what this node has: all its GPUs in an --exclusive job, the step's own in a step
+    SLURM_TASKS_PER_NODE    one process a task, where no GPU is asked for
+
+Source: https://github.com/deepspeedai/DeepSpeed/blob/master/deepspeed/launcher/runner.py; variables as Slurm 22.05 sets
+them in batch scripts, steps, salloc and interactive steps.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from hpc_ds.errors import HostfileError, NodeListError
+from hpc_ds.launch.node_list import expand, expand_counts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+MAX_SLOTS = 65_536
+_T = TypeVar("_T")
+
+# No step, or one that is the shell of its job and describes only itself: the interactive step, the batch script.
+_SHELLS = (None, "4294967290", "4294967291")
+_STEP = ("SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE")
+_JOB = ("SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_TASKS_PER_NODE")
+_GPUS = ("SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_GPUS")
+_CURE = "give a node list and --slots"
+
+
+class Host(NamedTuple):
+    """A host and the number of processes it takes, one a GPU where it has any."""
+
+    name: str
+    slots: int
+
+
+def render(hosts: list[Host]) -> str:
+    """The text of a hostfile: ``parse(render(hosts)) == hosts``.
+
+    Raises:
+        HostfileError: no hosts, one of them twice, or slots below 1.
+    """
+    return "".join(f"{name} slots={slots}\n" for name, slots in _checked("hostfile", hosts))
+
+
+def parse(text: str, source: str = "hostfile") -> list[Host]:
+    """The hosts of a hostfile, in its order, which is the order of ranks.
+
+    Blank lines and comments are skipped, and so is what follows the number (``slots=4 max_slots=8``).
+
+    Raises:
+        HostfileError: a line is not of this form, a host is there twice, or there is none; it names the line.
+    """
+    lines: dict[str, int] = {}
+    hosts: list[Host] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        where = f"{source}, line {number}"
+        for host in _line(where, line, source):
+            if host.name in lines:
+                known = lines[host.name]
+                cure = f"it is on line {known} too; give each host one line"
+                raise HostfileError(f"{where}: host {host.name!r} twice; {cure}", file=source, value=line)
+            lines[host.name] = number
+            hosts.append(host)
+    if not hosts:
+        raise HostfileError(f"{source}: no hosts in it; write one 'NAME slots=N' a line", file=source)
+    return hosts
+
+
+def hosts_from_list(node_list: str, slots: int) -> list[Host]:
+    """The hosts of a Slurm node list, with the same slots each.
+
+    Raises:
+        NodeListError: the text is not a node list.
+        HostfileError: it names a host twice, or none, or slots are below 1.
+    """
+    return _checked(f"node list {node_list!r}", [Host(name, slots) for name in expand(node_list)])
+
+
+def hosts_from_slurm(environ: Mapping[str, str], slots: int | None = None) -> list[Host]:
+    """The hosts of the Slurm step or job that ``environ`` describes; ``slots``, where given, replaces what it says.
+
+    Raises:
+        HostfileError: it describes none, or its variables do not agree; it names those seen.
+    """
+    if environ.get("SLURM_HET_SIZE", "1") != "1":
+        seen = _seen(environ, "SLURM_HET_SIZE")
+        raise HostfileError(f"{seen}: each component of a heterogeneous job has its own nodes; {_CURE}")
+    # The batch script has no step's node list; "a step id is set" alone would not tell it from a step.
+    in_step = "SLURM_STEP_NODELIST" in environ and environ.get("SLURM_STEP_ID") not in _SHELLS
+    node_list, num_nodes, tasks_per_node = _STEP if in_step else _JOB
+    nodes = _read(environ, node_list, expand)
+    if not nodes:
+        found = ", ".join(sorted(name for name in environ if name.startswith("SLURM_"))) or "no SLURM_ variable"
+        raise HostfileError(f"{node_list}: not set, so there is no Slurm job here (seen: {found}); give a node list")
+    if slots is not None:
+        return _checked(_seen(environ, node_list), [Host(name, slots) for name in nodes])
+    tasks = _read(environ, tasks_per_node, expand_counts)
+    if (tasks and len(tasks) != len(nodes)) or environ.get(num_nodes, str(len(nodes))) != str(len(nodes)):
+        seen = _seen(environ, node_list, num_nodes, tasks_per_node)
+        raise HostfileError(f"{seen}: they differ in the number of nodes; {_CURE}")
+    each = _gpus(environ, len(nodes), tasks, in_step=in_step) or tasks
+    if not each:
+        raise HostfileError(f"{tasks_per_node}: not set, nor any of {', '.join(_GPUS)}; {_CURE}")
+    return _checked(_seen(environ, node_list), [Host(*pair) for pair in zip(nodes, each, strict=True)])
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file as a whole.
+
+    Raises:
+        HostfileError: there is no folder for it, something else has its name, or it cannot be written.
+    """
+    from hpc_ds.run_dir import write_atomic
+
+    target = path.resolve()
+    if not target.parent.is_dir():
+        raise HostfileError(f"hostfile {str(path)!r}: no folder {str(target.parent)!r}; make it first", file=str(path))
+    if path.exists() and not path.is_file():
+        raise HostfileError(f"hostfile {str(path)!r}: not a regular file; give another name", file=str(path))
+    try:
+        write_atomic(target, text)
+    except OSError as error:
+        cure = "give a file in a folder you can write"
+        raise HostfileError(f"hostfile {str(path)!r}: {error.strerror}; {cure}", file=str(path)) from error
+
+
+def _checked(where: str, hosts: list[Host]) -> list[Host]:
+    if not hosts:
+        raise HostfileError(f"{where}: no hosts in it; name at least one")
+    name, times = Counter(host.name for host in hosts).most_common(1)[0]
+    if times > 1:
+        raise HostfileError(f"{where}: host {name!r} {times} times; name each host once", value=name)
+    for name, slots in hosts:
+        if not 0 < slots <= MAX_SLOTS:
+            raise HostfileError(f"{where}: slots={slots} for host {name!r}; give 1 to {MAX_SLOTS}", value=slots)
+        if not _single(name):
+            raise HostfileError(f"{where}: {name!r} is not the name of one host; give one word", value=name)
+    return hosts
+
+
+def _single(name: str) -> bool:
+    """Whether DeepSpeed and ssh would take this for one host: user@host and addresses too, but no option."""
+    return name.split() == [name] and name[0] not in "#-" and not any(mark in name for mark in "[],")
+
+
+def _line(where: str, line: str, source: str) -> list[Host]:
+    name, *words = line.split()
+    if not words or not words[0].startswith("slots="):
+        raise HostfileError(f"{where}: {line.strip()!r} is not a host; write 'NAME slots=N'", file=source, value=line)
+    count = words[0].removeprefix("slots=").partition("#")[0]
+    slots = _whole(count)
+    if not 0 < slots <= MAX_SLOTS:
+        raise HostfileError(f"{where}: slots {count!r}; give 1 to {MAX_SLOTS}", file=source, value=line)
+    try:
+        return [Host(each, slots) for each in ([name] if _single(name) else expand(name))]
+    except NodeListError as error:
+        raise HostfileError(f"{where}: {error}", file=source, value=line) from error
+
+
+def _gpus(environ: Mapping[str, str], num_nodes: int, tasks: list[int], *, in_step: bool) -> list[int]:
+    """GPUs of each node; nothing where none were asked for."""
+    found = {name: _count_gpus(name, environ[name]) for name in _GPUS if environ.get(name)}
+    if tasks and found.get("SLURM_GPUS_PER_TASK"):
+        return [found["SLURM_GPUS_PER_TASK"] * count for count in tasks]
+    total, asked = found.get("SLURM_GPUS", 0), found.get("SLURM_GPUS_PER_NODE", 0)
+    here = found.get("SLURM_GPUS_ON_NODE", total if num_nodes == 1 else 0)
+    each = (here or asked) if in_step else (asked or here)
+    whole = environ.get("SLURM_JOB_NUM_NODES", str(num_nodes)) == str(num_nodes)
+    if whole and total and not asked and each * num_nodes != total:
+        # --gpus=5 on two nodes is 4 and 1, and no variable says so.
+        seen = _seen(environ, "SLURM_GPUS", "SLURM_GPUS_ON_NODE")
+        raise HostfileError(f"{seen}: {num_nodes} nodes may have unlike numbers of GPUs; ask with --gpus-per-node")
+    return [each] * num_nodes if each else []
+
+
+def _count_gpus(name: str, value: str) -> int:
+    """The number in ``4``, ``a100:4`` or ``a100:2,v100:1``."""
+    counts = [_whole(part.rpartition(":")[2]) for part in value.split(",")]
+    if min(counts) < 0:
+        raise HostfileError(f"{name} {value!r}: not a number of GPUs (4, a100:4); {_CURE}", key=name, value=value)
+    return sum(counts)
+
+
+def _whole(word: str) -> int:
+    """The number that a word of digits is, else -1."""
+    return int(word) if word.isascii() and word.isdigit() and len(word) < 10 else -1
+
+
+def _read(environ: Mapping[str, str], name: str, reader: Callable[[str], list[_T]]) -> list[_T]:
+    try:
+        return reader(environ[name]) if environ.get(name) else []
+    except NodeListError as error:
+        raise HostfileError(f"{name}: {error}; {_CURE}", key=name, value=environ[name]) from error
+
+
+def _seen(environ: Mapping[str, str], *names: str) -> str:
+    return ", ".join(f"{name} {environ[name]!r}" for name in names if name in environ)

@@ -1,0 +1,142 @@
+"""Ranks as one step of a Slurm job.
+
+srun's own ``--kill-on-bad-exit`` would take 75 for a failure and kill ranks that are about to end well, so the runner
+reads srun's messages and ends the step itself; ``--wait`` remains as a net should their words ever change.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+from hpc_ds.cluster import process
+from hpc_ds.cluster.parse import parse_task_end
+from hpc_ds.launch.runner import CHECKPOINTED, Failure, in_words, last_lines, rank_log
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from hpc_ds.config.job import Resources
+
+_PATIENCE_S = 10.0
+_KILL_PATIENCE_S = 20.0
+_WAIT_S = 120
+
+
+def srun_command(argv: list[str], resources: Resources, logs: Path, options: list[str]) -> list[str]:
+    """The srun command line of a step over the whole allocation."""
+    # "%" begins a pattern in --output.
+    pattern = str(rank_log(logs, 0)).replace("%", "%%").replace("rank-0.log", "rank-%t.log")
+    command = [
+        "srun",
+        f"--nodes={resources.nodes}",
+        f"--ntasks={resources.world_size}",
+        f"--ntasks-per-node={resources.ranks_per_node}",
+        "--export=ALL",
+        "--kill-on-bad-exit=0",
+        f"--wait={_WAIT_S}",
+        "--open-mode=append",
+        f"--output={pattern}",
+    ]
+    if resources.cpus_per_task is not None:
+        # Slurm 22.05 to 23.02 do not pass the job's value on to steps.
+        command.append(f"--cpus-per-task={resources.cpus_per_task}")
+    return [*command, *options, *argv]
+
+
+class SrunRunner:
+    """One srun and what it says about its tasks."""
+
+    def __init__(self, command: list[str], environ: Mapping[str, str], logs: Path) -> None:
+        self._command = command
+        self._environ = dict(environ)
+        self._logs = logs
+        self._messages = logs / "launcher.log"
+        self._read = 0
+        self._srun: subprocess.Popen[bytes] | None = None
+        self._end_at: float | None = None
+        self._kill_at: float | None = None
+        self.failure: Failure | None = None
+
+    def start(self) -> None:
+        """Start the step."""
+        self._logs.mkdir(parents=True, exist_ok=True)
+        with self._messages.open("ab") as messages:
+            self._read = messages.tell()
+            self._srun = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=messages,
+                stderr=messages,
+                env=self._environ,
+                preexec_fn=process.child_setup(die_with_parent=signal.SIGKILL),  # noqa: PLW1509 - see there
+            )
+
+    def poll(self) -> int | None:
+        """The exit code of all ranks together, once all have ended."""
+        if self._srun is None:
+            return None
+        code = self._srun.poll()
+        self._read_messages()
+        if code is None:
+            self._end_if_due()
+            return None
+        code = 128 - code if code < 0 else code
+        if code in {0, CHECKPOINTED} and self.failure is None:
+            return code
+        if self.failure is None:
+            words = last_lines(self._messages)
+            self.failure = Failure(None, "", code, f"srun ended with {in_words(code)}", words)
+        return self.failure.exit_code
+
+    def _read_messages(self) -> None:
+        with self._messages.open("rb") as messages:
+            messages.seek(self._read)
+            text = messages.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.decode(errors="replace").splitlines():
+            self._look_for_failure(line)
+
+    def _look_for_failure(self, line: str) -> None:
+        end = parse_task_end(line)
+        if end is None or self.failure is not None:
+            return
+        host, rank, how = end
+        code = exit_code_of(how)
+        if code not in {0, CHECKPOINTED}:
+            self.failure = Failure(rank, host, code, in_words(code), last_lines(rank_log(self._logs, rank)))
+            # The others get time to say what they saw; then the step is ended.
+            self._end_at = time.monotonic() + _PATIENCE_S
+
+    def _end_if_due(self) -> None:
+        now = time.monotonic()
+        if self._end_at is not None and now > self._end_at:
+            self._end_at = None
+            self.terminate()
+        elif self._kill_at is not None and now > self._kill_at and self._srun is not None:
+            self._srun.kill()
+
+    def terminate(self) -> None:
+        """End the step: srun passes SIGTERM to itself on to its tasks as SIGKILL."""
+        if self._srun is not None and self._srun.poll() is None:
+            self._srun.terminate()
+            self._kill_at = self._kill_at or time.monotonic() + _KILL_PATIENCE_S
+
+
+_BY_WORDS = {signal.strsignal(number): int(number) for number in signal.Signals}
+
+
+def exit_code_of(how: str) -> int:
+    """The exit code that srun's words stand for: ``Exited with exit code 3``, ``Killed``, ``Out Of Memory`` ..."""
+    match = re.search(r"exit code (\d+)", how)
+    if match:
+        return int(match.group(1))
+    if "Out Of Memory" in how:
+        return 128 + signal.SIGKILL
+    words = how.replace("(core dumped)", "").strip()
+    return 128 + _BY_WORDS.get(words, 0) if words in _BY_WORDS else 1

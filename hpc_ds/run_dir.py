@@ -1,0 +1,203 @@
+"""The run folder: every file name of a run, and the ways its files are written.
+
+RUNS/<name>-<stamp>/
+    config.json          the job as submitted, resolved; the mark of a run folder
+    site.json            the site as it was then
+    provenance.json      who, where, when, with which versions
+    script.sbatch        what the scheduler was given
+    env.sh               environment of the job, mode 0600
+    job.json             the scheduler's job id; written again by ``resume``
+    logs/                scheduler.log, attempt-N/rank-R.log, attempt-N/launcher.log
+    checkpoints/         unless the job names another place
+    attempts.jsonl       the ledger: one line when an attempt opens, one when it closes
+    events.jsonl         steps, saves and resumes, written by rank 0
+    deadline             seconds since the epoch at which the scheduler ends the attempt
+    rendezvous/          where rank 0 publishes its address
+    local/               site local: state of the job, requests to its keeper
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from hpc_ds.errors import RunError
+
+
+class RunDir:
+    """A run folder by the names of its files."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.json"
+        self.site = root / "site.json"
+        self.provenance = root / "provenance.json"
+        self.script = root / "script.sbatch"
+        self.env = root / "env.sh"
+        self.job = root / "job.json"
+        self.logs = root / "logs"
+        self.scheduler_log = self.logs / "scheduler.log"
+        self.checkpoints = root / "checkpoints"
+        self.ledger = root / "attempts.jsonl"
+        self.events = root / "events.jsonl"
+        self.deadline = root / "deadline"
+        self.rendezvous = root / "rendezvous"
+        self.local = root / "local"
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.root)!r})"
+
+    def attempt_logs(self, attempt: int) -> Path:
+        """The folder with the logs of one attempt."""
+        return self.logs / f"attempt-{attempt}"
+
+    @classmethod
+    def create(cls, runs: Path, name: str) -> RunDir:
+        """Make a new folder below ``runs``; two runs made in the same second get different ones.
+
+        Raises:
+            RunError: the folder cannot be made.
+        """
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+            for count in range(1, 1000):
+                root = runs.resolve() / (f"{name}-{stamp}" if count == 1 else f"{name}-{stamp}-{count}")
+                with contextlib.suppress(FileExistsError):
+                    root.mkdir()
+                    run = cls(root)
+                    for folder in (run.logs, run.checkpoints, run.rendezvous):
+                        folder.mkdir()
+                    return run
+        except OSError as error:
+            raise RunError(f"runs folder {str(runs)!r}: no run can be made in it: {error}; choose another") from None
+        raise RunError(f"runs folder {str(runs)!r}: a thousand runs named {name} in one second; wait a moment")
+
+    @classmethod
+    def open(cls, root: Path) -> RunDir:
+        """The run in ``root``.
+
+        Raises:
+            RunError: there is none.
+        """
+        run = cls(root.resolve())
+        if not run.config.is_file():
+            missing = "no such folder" if not root.exists() else "not a run folder (it has no config.json)"
+            raise RunError(
+                f"run {str(root)!r}: {missing}; give the folder that `hpcds submit` printed", value=str(root)
+            )
+        return run
+
+    @classmethod
+    def find(cls, text: str, runs: Path) -> RunDir:
+        """The run that ``text`` means: a run folder, a job id, a run name, or a folder's name; the newest of several.
+
+        Looked for in ``runs``, then among all runs this user submitted from this machine's home.
+
+        Raises:
+            RunError: no run is meant.
+        """
+        if (Path(text) / "config.json").is_file() or os.sep in text:
+            return cls.open(Path(text))
+        found = [run for run in _known_runs(runs) if text in run.names()]
+        if not found:
+            raise RunError(
+                f"run {text!r}: neither a run folder nor the job id or name of a run in {str(runs)!r}; check it",
+                value=text,
+            )
+        return max(found, key=lambda run: run.config.stat().st_mtime)
+
+    def names(self) -> set[str]:
+        """All that a user may call this run."""
+        job = read_object(self.job)
+        config = read_object(self.config)
+        return {self.root.name, str(job.get("job_id", "")), str(config.get("name", ""))} - {""}
+
+    def remember(self) -> None:
+        """Add this run to the user's list, so that ``find`` knows it from any folder."""
+        path = _index_path()
+        with contextlib.suppress(OSError):  # a convenience: a home that cannot be written must not stop a run
+            path.parent.mkdir(parents=True, exist_ok=True)
+            append_line(path, {"run": str(self.root)}, durable=False)
+
+
+def _index_path() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(state) / "hpcds" / "runs.jsonl"
+
+
+def _known_runs(runs: Path) -> list[RunDir]:
+    remembered = [Path(line["run"]) for line in read_lines(_index_path()) if isinstance(line.get("run"), str)]
+    beside = sorted(runs.iterdir()) if runs.is_dir() else []
+    return [RunDir(root) for root in dict.fromkeys([*beside, *remembered]) if (root / "config.json").is_file()]
+
+
+def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
+    """Replace a file as a whole: a reader sees the old text or the new one, also after a crash."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, data: Any, mode: int = 0o644) -> None:
+    """Replace a file by ``data`` as indented JSON."""
+    write_atomic(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n", mode)
+
+
+def append_line(path: Path, data: dict[str, Any], *, durable: bool = True) -> None:
+    """Add one JSON line in one write, so that lines of several writers never mix."""
+    line = (json.dumps(data, ensure_ascii=False) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line)
+        if durable:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line torn by a crash is left out."""
+    lines = []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            data = json.loads(line)
+            if isinstance(data, dict):
+                lines.append(data)
+    return lines

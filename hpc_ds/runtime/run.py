@@ -1,0 +1,43 @@
+"""The run this rank belongs to: what its job asks of the engine, and the events that rank 0 writes for everybody."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from hpc_ds.run_dir import RunDir, append_line, read_object
+
+
+class CurrentRun:
+    """The run folder named by HPCDS_RUN_DIR.
+
+    Attributes:
+        attempt: which start of the run this is, from 1.
+        checkpoints: where it saves.
+        every_steps, every_minutes, keep: when the engine saves by itself, and how many saves stay.
+        training: the training config of the job; None where it has none.
+    """
+
+    def __init__(self, root: Path, attempt: int) -> None:
+        self.files = RunDir(root)
+        self.attempt = attempt
+        job = read_object(self.files.config)
+        checkpoint: dict[str, Any] = job.get("checkpoint", {})
+        self.checkpoints = Path(checkpoint.get("dir") or self.files.checkpoints)
+        self.every_steps: int | None = checkpoint.get("every_steps")
+        self.every_minutes: float | None = checkpoint.get("every_minutes")
+        self.keep: int | None = checkpoint.get("keep")
+        self.training: dict[str, Any] | None = job.get("training")
+
+    @classmethod
+    def from_environment(cls) -> CurrentRun | None:
+        """The run that the supervisor started this rank in; None outside of one."""
+        root = os.environ.get("HPCDS_RUN_DIR")
+        return None if root is None else cls(Path(root), int(os.environ.get("HPCDS_ATTEMPT", "0")))
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Add one event. For rank 0 only."""
+        line = {"event": event, "attempt": self.attempt, "time": time.time(), **fields}
+        append_line(self.files.events, line, durable=False)

@@ -1,0 +1,91 @@
+"""From a checked job to a run folder and a queued job; nothing is left half-made."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+import shutil
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from hpc_ds.cluster.connect import scheduler_named
+from hpc_ds.cluster.shell import run as run_program
+from hpc_ds.config.load import resolved
+from hpc_ds.errors import CommandError, HpcdsError, RunError
+from hpc_ds.run_dir import RunDir, read_object, write_atomic, write_json
+from hpc_ds.script.render import environment_file, render
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hpc_ds.config.job import JobConfig
+    from hpc_ds.config.site import SiteConfig
+
+
+def preview(job: JobConfig, site: SiteConfig, runs: Path) -> str:
+    """The script that ``submit`` would hand to the scheduler; nothing is made."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return render(job, site, RunDir(runs.resolve() / f"{job.name}-{stamp}"))
+
+
+def submit(job: JobConfig, site: SiteConfig, runs: Path) -> tuple[RunDir, str]:
+    """Make the run folder and queue its job; returns both.
+
+    Raises:
+        ConfigError: the job does not fit the site or this shell.
+        RunError: no folder can be made in ``runs``.
+        SubmitError: the scheduler refused the job. The folder is removed again.
+    """
+    variables = environment_file(job, site, dict(os.environ))
+    run = RunDir.create(runs, job.name)
+    try:
+        write_atomic(run.script, render(job, site, run), mode=0o755)
+        write_atomic(run.env, variables, mode=0o600)
+        write_json(run.site, site.model_dump(mode="json"))
+        write_json(run.provenance, _provenance(job))
+        write_json(run.config, resolved(job))
+        job_id = queue(run, site)
+    except (HpcdsError, OSError) as error:
+        shutil.rmtree(run.root, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RunError(
+                f"run folder {str(run.root)!r}: cannot be written: {error.strerror}; choose another"
+            ) from None
+        raise
+    run.remember()
+    return run, job_id
+
+
+def queue(run: RunDir, site: SiteConfig) -> str:
+    """Hand the script of a run to its scheduler and write down the job id; also for a run that goes on."""
+    before = read_object(run.job)
+    job_id = scheduler_named(site.scheduler, run).submit(run)
+    earlier = [*before.get("earlier", []), before["job_id"]] if before else []
+    write_json(run.job, {"job_id": job_id, "site": site.name, "submitted": time.time(), "earlier": earlier})
+    return job_id
+
+
+def _provenance(job: JobConfig) -> dict[str, Any]:
+    """Who submitted what from where, with which versions. Names of variables, never their values."""
+    from hpc_ds.version import __version__
+
+    return {
+        "user": getpass.getuser(),
+        "host": platform.node(),
+        "submitted": time.time(),
+        "workdir": job.workdir,
+        "git_commit": _git_commit(job.workdir or "."),
+        "versions": {"hpc_ds": __version__, "python": platform.python_version()},
+        "python": sys.executable,
+        "environment": sorted({*job.env, *job.env_from}),
+    }
+
+
+def _git_commit(folder: str) -> str | None:
+    try:
+        answer = run_program(["git", "-C", folder, "rev-parse", "HEAD"], timeout_s=5.0, check=False)
+    except CommandError:
+        return None
+    return answer.stdout.strip() or None if answer.returncode == 0 else None

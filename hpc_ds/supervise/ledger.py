@@ -1,0 +1,87 @@
+"""The ledger of a run: ``attempts.jsonl``, one line when an attempt opens and one when it closes.
+
+An attempt that was opened and never closed had a supervisor that was killed before it could say why; the next one
+closes it as ``lost``.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hpc_ds.run_dir import append_line, read_lines
+
+if TYPE_CHECKING:
+    from hpc_ds.run_dir import RunDir
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One start of a run.
+
+    Attributes:
+        number: counted from 1.
+        cause: why it ended; None while it runs.
+        action: what the supervisor did about it: finish, requeue, hold, leave.
+        first_step, last_step: optimizer steps it took; None where it took none.
+        saved_step: step of the newest checkpoint when it ended; None where there was none.
+        detail: one sentence for a person.
+        failure: the rank that failed first, for a crash.
+    """
+
+    number: int
+    job_id: str = ""
+    host: str = ""
+    nodes: str = ""
+    opened: float = 0.0
+    closed: float | None = None
+    cause: str | None = None
+    action: str | None = None
+    exit_code: int | None = None
+    first_step: int | None = None
+    last_step: int | None = None
+    saved_step: int | None = None
+    detail: str = ""
+    failure: dict[str, Any] | None = field(default=None)
+
+
+def read_ledger(run: RunDir) -> list[Attempt]:
+    """All attempts of a run, oldest first."""
+    attempts: dict[int, dict[str, Any]] = {}
+    known = set(Attempt.__dataclass_fields__)
+    for line in read_lines(run.ledger):
+        number = line.get("number")
+        if isinstance(number, int):
+            attempts.setdefault(number, {}).update({key: value for key, value in line.items() if key in known})
+    return [Attempt(**fields) for _, fields in sorted(attempts.items())]
+
+
+def open_attempt(run: RunDir, job_id: str, host: str, nodes: str) -> Attempt:
+    """Open the next attempt; one that a killed supervisor left open is closed as lost first."""
+    attempts = read_ledger(run)
+    if attempts and attempts[-1].cause is None:
+        last = attempts[-1]
+        detail = "the supervisor was killed before it could say why"
+        close_attempt(run, last.number, cause="lost", action="leave", detail=detail, **steps_of(run, last.number))
+    attempt = Attempt(number=len(attempts) + 1, job_id=job_id, host=host, nodes=nodes, opened=time.time())
+    opened = {"number": attempt.number, "job_id": job_id, "host": host, "nodes": nodes, "opened": attempt.opened}
+    append_line(run.ledger, {"event": "opened", **opened})
+    return attempt
+
+
+def close_attempt(run: RunDir, number: int, **fields: Any) -> None:
+    """Close an attempt with its cause and what is known about it."""
+    append_line(run.ledger, {"event": "closed", "number": number, "closed": time.time(), **fields})
+
+
+def steps_of(run: RunDir, number: int) -> dict[str, int | None]:
+    """First and last step of an attempt, and the newest step saved by its end, from the events that rank 0 wrote."""
+    events = read_lines(run.events)
+    steps = [event["step"] for event in events if event.get("event") == "step" and event.get("attempt") == number]
+    saved = [event["step"] for event in events if event.get("event") == "saved" and event.get("attempt", 0) <= number]
+    return {
+        "first_step": min(steps, default=None),
+        "last_step": max(steps, default=None),
+        "saved_step": saved[-1] if saved else None,
+    }

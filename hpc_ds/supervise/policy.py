@@ -1,0 +1,110 @@
+"""Why an attempt ended, and what follows from it: two tables, and no clock.
+
+| cause     | how it is known                                             | what follows                                 |
+|-----------|-------------------------------------------------------------|----------------------------------------------|
+| finished  | exit 0                                                      | nothing                                      |
+| preempted | the scheduler says so (PreemptTime is set)                  | requeue, then hold still                     |
+| requeued  | the scheduler counts a restart already                      | nothing: it starts again by itself           |
+| walltime  | the scheduler says TimeLimit; or exit 75 near the limit     | requeue                                      |
+| cancelled | the job is ending, for none of the reasons above            | nothing                                      |
+| stopped   | exit 75, and the scheduler knows of no reason               | requeue                                      |
+| crashed   | any other exit                                              | requeue after progress, else hold            |
+| lost      | the attempt was never closed                                | its successor is what follows                |
+
+Leaving without a requeue inside a grace period ends the job for good on Slurm before 24.05 (the job counts as
+completed), so a preempted run is requeued by us and not by its end. Only a crash uses up ``max_crashes``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hpc_ds.launch.runner import CHECKPOINTED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hpc_ds.cluster.scheduler import JobState
+    from hpc_ds.config.job import Restart
+    from hpc_ds.supervise.ledger import Attempt
+
+# Slurm sends the signal of --signal up to a minute early, and looks at its clock every half minute.
+_EARLY_S = 90
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What is known when all ranks have ended.
+
+    Attributes:
+        exit_code: of all ranks together.
+        job: the scheduler's word on the job; None where it gave none.
+        restarts_before: restarts when the attempt began.
+        terminated: the supervisor itself was told to end.
+        lead_s: of the warning before the time limit.
+        now: seconds since the epoch.
+    """
+
+    exit_code: int
+    job: JobState | None
+    restarts_before: int
+    terminated: bool
+    lead_s: int
+    now: float
+
+
+def cause_of(ended: Ended) -> str:
+    """Why the attempt ended."""
+    if ended.exit_code == 0:
+        return "finished"
+    if ended.job is not None and (word := _schedulers_word(ended, ended.job)):
+        return word
+    if ended.exit_code == CHECKPOINTED:
+        return "stopped"
+    return "cancelled" if ended.job is None and ended.terminated else "crashed"
+
+
+def _schedulers_word(ended: Ended, job: JobState) -> str | None:
+    if job.preempting:
+        return "preempted"
+    if job.restarts > ended.restarts_before:
+        return "requeued"
+    if job.state == "TIMEOUT" or job.reason == "TimeLimit":
+        return "walltime"
+    if job.state not in {"RUNNING", "CONFIGURING"}:
+        return "cancelled"
+    near_limit = job.end_time is not None and ended.now > job.end_time - ended.lead_s - _EARLY_S
+    return "walltime" if near_limit and ended.exit_code == CHECKPOINTED else None
+
+
+def action_after(cause: str, last_step: int | None, before: Sequence[Attempt], limits: Restart) -> tuple[str, str]:
+    """What follows, and why in words: finish, requeue, hold or leave.
+
+    Args:
+        cause: from ``cause_of``.
+        last_step: of this attempt; None where it took no step.
+        before: the earlier attempts.
+        limits: how often the run may start again.
+    """
+    if cause == "finished":
+        return "finish", "all ranks finished"
+    if cause in {"requeued", "cancelled"}:
+        return "leave", "the scheduler starts it again" if cause == "requeued" else "cancelled: nothing is requeued"
+    restarts = sum(attempt.action == "requeue" or attempt.cause in {"requeued", "lost"} for attempt in before)
+    if limits.max_restarts is not None and restarts >= limits.max_restarts:
+        return "hold", f"held: it was started again {restarts} times, and restart.max_restarts is {limits.max_restarts}"
+    if cause == "crashed":
+        return _after_crash(last_step, [attempt for attempt in before if attempt.cause == "crashed"], limits)
+    return "requeue", f"{cause}: queued again"
+
+
+def _after_crash(last_step: int | None, crashes: Sequence[Attempt], limits: Restart) -> tuple[str, str]:
+    if last_step is None:
+        return "hold", "held: it crashed before its first step, and would again"
+    reached = max((crash.last_step for crash in crashes if crash.last_step is not None), default=None)
+    if reached is not None and last_step <= reached:
+        return "hold", f"held: it crashed at step {last_step}, no further than the crash before (step {reached})"
+    if len(crashes) >= limits.max_crashes:
+        return "hold", f"held: crash number {len(crashes) + 1}, and restart.max_crashes is {limits.max_crashes}"
+    return "requeue", f"crashed after progress to step {last_step}: queued again"

@@ -1,0 +1,52 @@
+"""What all tests share: a clean environment, one real Slurm for the session, and the rule for machines without one.
+
+Tests marked ``slurm`` or ``mpi`` need programs that pip cannot bring. Where these are missing the tests skip and name
+the cure; with HPCDS_REQUIRE_SLURM=1, as in continuous integration, they fail, so that a green run has really run them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from slurm_cluster import PROGRAMS, SlurmCluster, missing_programs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NEEDED_PROGRAMS = {"slurm": PROGRAMS, "mpi": ("mpirun",)}
+
+# What an outer job or launcher says about ranks must not reach a test.
+FOREIGN_PREFIXES = ("SLURM_", "SBATCH_", "PMI", "OMPI_", "HPCDS_")
+FOREIGN_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, programs in NEEDED_PROGRAMS.items():
+        missing = missing_programs(*programs) if item.get_closest_marker(marker) else []
+        if missing:
+            reason = f"{', '.join(missing)}: not installed; run tests/install_system_packages.sh"
+            if os.environ.get("HPCDS_REQUIRE_SLURM") == "1":
+                pytest.fail(f"{reason} (HPCDS_REQUIRE_SLURM=1)", pytrace=False)
+            pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name != "HPCDS_REQUIRE_SLURM" and (name in FOREIGN_NAMES or name.startswith(FOREIGN_PREFIXES)):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def _slurm_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def slurm_cluster(_slurm_of_the_session: SlurmCluster) -> SlurmCluster:
+    """One real Slurm for the session; each test finds it without jobs and with every node idle."""
+    _slurm_of_the_session.reset()
+    return _slurm_of_the_session

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Install what the tests need beyond Python, from Debian's or Ubuntu's packages: a real Slurm, and Open MPI.
+# Where that is not possible it says so and exits 0; the tests then skip, or fail under HPCDS_REQUIRE_SLURM=1.
+set -uo pipefail
+export DEBIAN_FRONTEND=noninteractive PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+
+# slurm-wlm brings slurmctld, slurmd and the commands; openmpi-bin brings the libraries that mpi4py and srun --mpi=pmix load.
+declare -A programs_of=([slurm-wlm]="slurmctld slurmd sbatch srun" [munge]="munged" [openmpi-bin]="mpirun")
+
+missing=()
+for package in slurm-wlm munge openmpi-bin; do
+    for program in ${programs_of[$package]}; do
+        command -v "$program" >/dev/null || { missing+=("$package"); break; }
+    done
+done
+
+give_up() {
+    echo "system packages: ${missing[*]} not installed: $1"
+    exit 0
+}
+
+if ((${#missing[@]} == 0)); then
+    echo "system packages: everything is there"
+    exit 0
+fi
+command -v apt-get >/dev/null || give_up "no apt-get on this machine"
+as_root=()
+if ((EUID != 0)); then
+    sudo -n true 2>/dev/null || give_up "needs root, or sudo without a password"
+    as_root=(sudo -n)
+fi
+echo "system packages: installing ${missing[*]} with apt-get"
+
+# The tests start their own daemons; the packages must not start theirs.
+policy=/usr/sbin/policy-rc.d
+if [[ ! -e $policy ]]; then
+    trap '"${as_root[@]}" rm -f "$policy"' EXIT
+    printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee "$policy" >/dev/null
+    "${as_root[@]}" chmod 755 "$policy"
+fi
+
+apt() {
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get -qq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0 "$@"
+}
+
+for attempt in 1 2 3; do
+    # A list that is there may name files which the mirror no longer has: a failed install is tried again after an update.
+    apt update && apt install -y --no-install-recommends "${missing[@]}" && exit 0
+    echo "system packages: attempt $attempt failed"
+    sleep $((attempt * 5))
+done
+give_up "apt-get failed three times"
