@@ -21,6 +21,7 @@ _HOME = {
     "DivergedError": "hpc_ds.errors",
     "HpcdsError": "hpc_ds.errors",
     "RankError": "hpc_ds.errors",
+    "submit": "hpc_ds.cluster.callables",
 }
 
 __all__ = [
@@ -35,9 +36,11 @@ __all__ = [
     "add_config_arguments",
     "init_distributed",
     "initialize",
+    "submit",
 ]
 
 if TYPE_CHECKING:
+    from hpc_ds.cluster.callables import submit
     from hpc_ds.engine.engine import Engine
     from hpc_ds.engine.initialize import add_config_arguments, initialize
     from hpc_ds.errors import CheckpointError, ConfigError, DivergedError, HpcdsError, RankError

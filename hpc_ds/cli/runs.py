@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hpc_ds.cli.submit import JsonOption, RunsOption
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hpc_ds.cli.submit import JsonOption, RunsOption
     from hpc_ds.cluster.scheduler import Scheduler
     from hpc_ds.run_dir import RunDir
 

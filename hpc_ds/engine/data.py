@@ -86,6 +86,19 @@ class _RankBatches(Sampler[list[int]]):
         return self._position.micro_batches_left()
 
 
+def refuse_iterable(dataset: Any) -> None:
+    """Only a dataset that can be indexed has positions; one that cannot may have no length either.
+
+    Raises:
+        ConfigError: it is an IterableDataset.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise ConfigError(
+            "training_data: an IterableDataset has no positions to resume from; pass a map-style dataset, or iterate your "
+            "own loader and keep its state with engine.register_state"
+        )
+
+
 class TrainingLoader:
     """A data loader that knows how many samples were handed out, and goes on from there.
 
@@ -100,11 +113,7 @@ class TrainingLoader:
         device: torch.device,
         workers: int = 0,
     ) -> None:
-        if isinstance(dataset, IterableDataset):
-            raise ConfigError(
-                "training_data: an IterableDataset has no positions to resume from; pass a map-style dataset, or iterate "
-                "your own loader and keep its state with engine.register_state"
-            )
+        refuse_iterable(dataset)
         self.position = position
         self.dataset = dataset
         # A generator of its own: the loader draws a seed from it whenever an iteration begins, which would otherwise

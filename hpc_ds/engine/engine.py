@@ -171,6 +171,7 @@ class Engine:
 
     def _agree(self) -> _Agreed:
         """Ask all ranks at once. Collective."""
+        self._sharded.reshard()  # a forward since the last backward, as in an evaluation, left whole parameters behind
         self._sharded.reduce_whole()
         gradients = self._sharded.local_gradients()
         told = [float(preemption.told_to_stop()), float(self.global_rank == 0 and self._minutes_are_over())]
@@ -193,7 +194,7 @@ class Engine:
             optimizer.step()
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad(set_to_none=True)  # also of parameters that the optimizer does not have
         scale = self._loss_scale.value
         try:
             self._loss_scale.update(agreed.overflowed)
@@ -447,8 +448,9 @@ class Engine:
             self._synchronizes = True
 
     def zero_grad(self) -> None:
-        """Drop all gradients."""
-        self.module.zero_grad(set_to_none=True)
+        """Drop all gradients, also those of a step that is not complete."""
+        self._sharded.drop_gradients()
+        self._loss_sum.zero_()
 
     def get_global_grad_norm(self) -> float | None:
         """Norm of the last step's gradients, unscaled, before clipping; None before the first."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from hpc_ds.config.load import read_json
 from hpc_ds.config.training import BatchSizes, TrainingConfig, load_training, resolve_batch_sizes
-from hpc_ds.engine.data import Position, TrainingLoader
+from hpc_ds.engine.data import Position, TrainingLoader, refuse_iterable
 from hpc_ds.engine.engine import Engine, compute_dtype
 from hpc_ds.engine.loss_scale import LossScale
 from hpc_ds.engine.optimizers import make_optimizer
@@ -190,5 +190,6 @@ def _schedule(given: Any, config: TrainingConfig, optimizer: torch.optim.Optimiz
 def _loader(
     dataset: Any, config: TrainingConfig, sizes: BatchSizes, rank: int, collate_fn: Any, device: torch.device
 ) -> TrainingLoader:
+    refuse_iterable(dataset)
     position = Position(len(dataset), config.seed, sizes, rank, drop_last=config.dataloader_drop_last)
     return TrainingLoader(dataset, position, collate_fn, device)

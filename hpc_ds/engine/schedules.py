@@ -70,21 +70,18 @@ class Schedule:
 
 
 class WarmupLR(Schedule):
-    """From one rate to another, then constant."""
+    """From one rate to another, each group's own unless given, then constant."""
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         warmup_min_lr: float = 0.0,
-        warmup_max_lr: float | None = 0.001,
+        warmup_max_lr: float | None = None,
         warmup_num_steps: int = 1000,
         warmup_type: str = "log",
         last_batch_iteration: int = -1,
     ) -> None:
-        if isinstance(warmup_num_steps, bool) or not isinstance(warmup_num_steps, int) or warmup_num_steps < 1:
-            raise ValueError(f"warmup_num_steps {warmup_num_steps!r} is not a whole number above 0")
-        if warmup_type not in {"log", "linear"}:
-            raise ValueError(f"warmup_type {warmup_type!r} is neither 'log' nor 'linear'")
+        _check_warmup(warmup_num_steps, warmup_type)
         self._min, self._max = warmup_min_lr, warmup_max_lr
         self._steps = max(2, warmup_num_steps)
         self._log = warmup_type == "log"
@@ -107,11 +104,11 @@ class WarmupLR(Schedule):
 
 
 class WarmupDecayLR(WarmupLR):
-    """Warm up, then down to nothing at ``total_num_steps``."""
+    """Warm up, then down to nothing at ``total_num_steps``; the largest rate is 0.001 unless given."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, total_num_steps: int, **params: Any) -> None:
         self._total = total_num_steps
-        super().__init__(optimizer, **params)
+        super().__init__(optimizer, **{"warmup_max_lr": 0.001, **params})
 
     def share_after_warmup(self, i: int) -> float:
         """See the table."""
@@ -131,6 +128,7 @@ class WarmupCosineLR(Schedule):
         warmup_type: str = "log",
         last_batch_iteration: int = -1,
     ) -> None:
+        _check_warmup(warmup_num_steps, warmup_type)
         self._total, self._smallest, self._cos_min = total_num_steps, warmup_min_ratio, cos_min_ratio
         self._steps = max(2, warmup_num_steps)
         self._log = warmup_type == "log"
@@ -143,6 +141,13 @@ class WarmupCosineLR(Schedule):
             return own_rate * (self._smallest + share * (1 - self._smallest))
         progress = min(1.0, (i - self._steps + 1) / max(1, self._total - self._steps))
         return own_rate * (self._cos_min + (1 - self._cos_min) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def _check_warmup(steps: object, kind: str) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"warmup_num_steps {steps!r} is not a whole number above 0")
+    if kind not in {"log", "linear"}:
+        raise ValueError(f"warmup_type {kind!r} is neither 'log' nor 'linear'")
 
 
 _OURS: dict[str, type[Schedule]] = {

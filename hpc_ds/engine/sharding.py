@@ -104,15 +104,20 @@ class Sharded:
             root.set_reshard_after_backward(boundary)
 
     def reduce_whole(self) -> None:
-        """Average the gradients of 0-dim parameters over all ranks. Collective, where there are any."""
+        """Average the gradients of 0-dim parameters over all ranks. Collective, where there are any.
+
+        One that no rank used keeps no gradient, as in torch: an optimizer passes it over instead of decaying it.
+        """
         if not self.whole:
             return
-        flat = torch.stack([_gradient_or_zero(parameter) for parameter in self.whole])
+        used = [float(parameter.grad is not None) for parameter in self.whole]
+        gradients = torch.stack([_gradient_or_zero(parameter) for parameter in self.whole])
+        flat = torch.cat([gradients, torch.tensor(used, dtype=gradients.dtype, device=gradients.device)])
         dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for parameter, gradient in zip(self.whole, flat.unbind(), strict=True):
-            if parameter.requires_grad:
-                parameter.grad = gradient.clone()
+        gradients, by_ranks = flat.split(len(self.whole))
+        for parameter, gradient, users in zip(self.whole, gradients, by_ranks.tolist(), strict=True):
+            if users:
+                parameter.grad = gradient / dist.get_world_size()
 
     def local_gradients(self) -> list[torch.Tensor]:
         """This rank's gradients, (shard_rows, ...) each, fp32; parameters without one are left out."""
@@ -139,6 +144,18 @@ class Sharded:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def drop_gradients(self) -> None:
+        """Forget all gradients, also those of a step that is not complete."""
+        for module in self.module.modules():
+            # FSDP2 holds what it has not reduced yet out of sight: on gathered parameters, or in the reduce type.
+            group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None  # noqa: SLF001
+            for held in group.fsdp_params if group is not None else ():
+                held.unsharded_accumulated_grad = None
+                if hasattr(held, "_unsharded_param"):
+                    held.unsharded_param.grad = None
+        self.reshard()
+        self.module.zero_grad(set_to_none=True)
+
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a model: entries of its outermost ModuleLists, where a list has several of one class.
@@ -150,7 +167,7 @@ def find_blocks(module: nn.Module) -> list[nn.Module]:
     for layers in _outermost_lists(module):
         classes = Counter(type(layer) for layer in layers)
         blocks += [layer for layer in layers if classes[type(layer)] > 1 and _stands_alone(layer, uses)]
-    return blocks
+    return list(dict.fromkeys(blocks))  # a layer may stand in a list more than once
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
@@ -180,7 +197,10 @@ def _broadcast_from_rank_0(module: nn.Module) -> None:
     if dist.get_world_size() > 1:
         with torch.no_grad():
             for tensor in (*module.parameters(), *module.buffers()):
-                dist.broadcast(tensor.data if tensor.is_contiguous() else tensor.data.contiguous(), src=0)
+                tensor.data = (
+                    tensor.data.contiguous()
+                )  # a broadcast into a contiguous copy would leave the tensor as it is
+                dist.broadcast(tensor.data, src=0)
 
 
 def _gradient_or_zero(parameter: nn.Parameter) -> torch.Tensor:

@@ -42,6 +42,7 @@ log = logging.getLogger("hpc_ds")
 
 _DEFAULT_TIMEOUT = timedelta(minutes=10)
 _GOODBYE = timedelta(seconds=30)
+_IDLE_WITHIN_S = 2.0
 
 
 def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
@@ -107,18 +108,38 @@ def current_rank() -> Rank:
 def _leave_together() -> None:
     """Wait for the others, then end the process group; after an error do neither, so that the error is not held up.
 
-    A gloo process that simply ends while its peers do is aborted now and then ("terminate called without an active
-    exception", pytorch #190489), which would count as a crash of a run that had finished.
+    A gloo thread that lets go of a tensor while the interpreter is being taken down aborts the process ("terminate
+    called without an active exception", pytorch #179291 and #190489), and a run that had finished counts as crashed.
+    Destroying the group does not end those threads, so they are given the time to become idle first.
     """
-    if (
-        not dist.is_initialized()
-        or getattr(sys, "last_value", None) is not None
-        or "gloo" not in str(dist.get_backend_config())
-    ):
+    if not dist.is_initialized() or getattr(sys, "last_value", None) is not None:
         return
-    with contextlib.suppress(RuntimeError):
-        dist.all_reduce(torch.zeros(1), async_op=True).wait(_GOODBYE)
-        dist.destroy_process_group()
+    if "gloo" in str(dist.get_backend_config()):
+        goodbye = torch.zeros(1)
+        with contextlib.suppress(RuntimeError):
+            work = dist.all_reduce(goodbye, async_op=True)
+            work.wait(_GOODBYE)
+            _wait_until_idle("pt_gloo_runloop")
+    dist.destroy_process_group()
+
+
+def _wait_until_idle(thread_name: str) -> None:
+    """Sleep, which leaves the interpreter to other threads, until those of a name sleep too, twice in a row."""
+    looks = 0
+    deadline = time.monotonic() + _IDLE_WITHIN_S
+    while looks < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+        states = [text.rpartition(")")[2].split()[0] for text in _threads() if f"({thread_name}" in text]
+        looks = looks + 1 if set(states) <= {"S"} else 0
+
+
+def _threads() -> list[str]:
+    """The stat line of every thread of this process."""
+    lines = []
+    for path in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            lines.append(path.read_text(encoding="utf-8", errors="replace"))
+    return lines
 
 
 def _join(me: Rank, backend: str, timeout: timedelta, port: int, ask_mpi: bool) -> Rank:

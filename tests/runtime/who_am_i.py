@@ -1,0 +1,17 @@
+"""A rank that joins, adds its rank to the others', and says what it found."""
+
+import json
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+import hpc_ds
+
+me = hpc_ds.init_distributed()
+total = torch.tensor([float(me.rank)])
+dist.all_reduce(total)
+with open(f"{sys.argv[1]}/{me.rank}.json", "w") as file:
+    found = {"rank": me.rank, "local_rank": me.local_rank, "world_size": me.world_size, "source": me.source}
+    json.dump({**found, "sum": total.item(), "env": os.environ["RANK"]}, file)

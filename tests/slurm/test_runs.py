@@ -1,0 +1,242 @@
+"""Whole training runs on a real Slurm, and what a cluster does to them.
+
+Every disturbed run must show, bit for bit, the losses of the same run left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from whole_runs import GPT, SMALL, Run, Runs, wait_until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from slurm_cluster import SlurmCluster
+
+pytestmark = pytest.mark.slurm
+
+STEPS = 60
+FOUR_RANKS = ("--site", "slurm", "--nodes", "2", "--tasks-per-node", "2", "--time", "10")
+
+
+@pytest.fixture
+def runs(slurm_cluster: SlurmCluster, tmp_path: Path) -> Runs:
+    return Runs(tmp_path, slurm_cluster.env)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(_slurm_of_the_session: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that all others are compared with."""
+    _slurm_of_the_session.reset()
+    runs = Runs(tmp_path_factory.mktemp("undisturbed"), _slurm_of_the_session.env)
+    run = train(runs)
+    assert run.wait_until_over()["state"] == "finished", run.story()
+    return run
+
+
+def train(runs: Runs, *options: str, steps: int = STEPS) -> Run:
+    return runs.submit(GPT, *FOUR_RANKS, *options, args=("--steps", str(steps), *SMALL))
+
+
+def causes(run: Run) -> list[str]:
+    return [attempt["cause"] for attempt in run.status()["attempts"]]
+
+
+def restarts(cluster: SlurmCluster, run: Run) -> str:
+    return cluster.job(run.job_id)["Restarts"]
+
+
+def ranks_of(run: Run) -> list[int]:
+    """The rank processes of a run, by the run folder in their environment."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            try:
+                with open(f"/proc/{entry.name}/environ", "rb") as file:
+                    environ = file.read()
+                with open(f"/proc/{entry.name}/cmdline", "rb") as file:
+                    command = file.read()
+            except OSError:
+                continue
+            if (
+                f"HPCDS_RUN_DIR={run.folder}\0".encode() in environ
+                and b"train.py" in command
+                and b"srun" not in command
+            ):
+                found.append(int(entry.name))
+    return found
+
+
+def test_two_nodes_with_two_ranks_each_train_and_finish(undisturbed: Run) -> None:
+    status = undisturbed.status()
+    assert (status["state"], status["step"], status["steps_lost"]) == ("finished", STEPS, 0)
+    assert [attempt["nodes"] for attempt in status["attempts"]] == ["n[1-2]"]
+    logs = sorted(path.name for path in (undisturbed.folder / "logs" / "attempt-1").iterdir())
+    assert logs == ["launcher.log", "rank-0.log", "rank-1.log", "rank-2.log", "rank-3.log"]
+    losses = [loss for loss, _, _ in undisturbed.losses().values()]
+    assert losses[-1] < losses[0] - 1.5
+
+
+def test_a_preempted_run_is_saved_in_its_grace_and_resumes_to_the_bit(
+    slurm_cluster: SlurmCluster, runs: Runs, undisturbed: Run
+) -> None:
+    run = train(runs)
+    run.wait_for_step(15)
+    slurm_cluster.submit("#!/bin/bash\nsleep 2\n", "-p", "urgent", "--exclusive", "-N4", "--time=1")
+    status = run.wait_until_over()
+    assert causes(run) == ["preempted", "finished"], run.story()
+    assert run.losses() == undisturbed.losses()
+    assert max(Counter(step["step"] for step in run.steps()).values()) == 1, "a step was taken twice"
+    assert status["steps_lost"] == 0
+    assert restarts(slurm_cluster, run) == "1"
+    assert slurm_cluster.job(run.job_id)["JobState"] == "COMPLETED"
+
+
+def test_preemption_without_grace_loses_no_step_either(
+    slurm_cluster: SlurmCluster, runs: Runs, undisturbed: Run
+) -> None:
+    run = train(runs, "--partition", "nograce")
+    run.wait_for_step(15)
+    slurm_cluster.submit("#!/bin/bash\nsleep 2\n", "-p", "urgent", "--exclusive", "-N4", "--time=1")
+    run.wait_until_over()
+    assert causes(run) == ["requeued", "finished"], run.story()
+    assert run.losses() == undisturbed.losses()
+    assert restarts(slurm_cluster, run) == "1"
+
+
+def test_a_killed_rank_is_named_and_the_run_resumes_from_its_newest_checkpoint(runs: Runs, undisturbed: Run) -> None:
+    run = train(runs, "--set", "checkpoint.every_steps=10")
+    run.wait_for_step(25)
+    victim = ranks_of(run)[-1]
+    environ = dict(
+        entry.split(b"=", 1) for entry in open(f"/proc/{victim}/environ", "rb").read().split(b"\0") if b"=" in entry
+    )
+    os.kill(victim, signal.SIGKILL)
+    run.wait_until_over()
+    assert causes(run) == ["crashed", "finished"], run.story()
+    crash = run.status()["attempts"][0]
+    assert crash["action"] == "requeue"
+    assert crash["exit_code"] == 128 + signal.SIGKILL
+    assert crash["failure"]["rank"] == int(environ[b"SLURM_PROCID"])
+    assert crash["failure"]["host"] == environ[b"SLURMD_NODENAME"].decode()
+    assert "killed by SIGKILL" in crash["detail"]
+    assert crash["failure"]["last_lines"] == rank_log(run, crash["failure"]["rank"])[-20:]
+    resumed = next(event["step"] for event in run.lines("events.jsonl") if event["event"] == "resumed")
+    assert resumed == crash["saved_step"]
+    assert resumed % 10 == 0
+    assert run.losses() == undisturbed.losses()
+
+
+def rank_log(run: Run, rank: int) -> list[str]:
+    return (run.folder / "logs" / "attempt-1" / f"rank-{rank}.log").read_text().splitlines()
+
+
+def test_a_cancelled_run_stays_down_until_it_is_resumed(
+    slurm_cluster: SlurmCluster, runs: Runs, undisturbed: Run
+) -> None:
+    run = train(runs)
+    run.wait_for_step(15)
+    slurm_cluster.run("scancel", run.job_id)
+    status = run.wait_until_over()
+    assert status["state"] == "cancelled", run.story()
+    assert slurm_cluster.job(run.job_id)["JobState"] == "CANCELLED"
+    assert restarts(slurm_cluster, run) == "0"
+    assert status["attempts"][0]["saved_step"] == status["step"], "there was time to save"
+    runs.hpcds("resume", str(run.folder))
+    run.wait_until_over()
+    assert causes(run) == ["cancelled", "finished"], run.story()
+    assert run.losses() == undisturbed.losses()
+
+
+def test_the_time_limit_is_survived(slurm_cluster: SlurmCluster, runs: Runs) -> None:
+    """Two minutes, of which Slurm may announce the end up to one minute early: more steps than fit before that."""
+    run = runs.submit(
+        GPT, "--site", "slurm", "--tasks-per-node", "2", "--time", "2", "--set", "restart.lead=30",
+        args=("--steps", "900", "--layers", "4", "--bytes", "400000"),
+    )  # fmt: skip
+    run.wait_for_step(1)
+    limit_at = float((run.folder / "deadline").read_text()) + 30
+    wait_until(lambda: len(run.lines("attempts.jsonl")) > 1, 150, run, "the end of the first attempt")
+    first = run.status()["attempts"][0]
+    assert first["cause"] == "walltime", run.story()
+    assert first["closed"] < limit_at, "it was saved only after the limit"
+    assert first["saved_step"] == first["last_step"]
+    wait_until(lambda: run.steps()[-1]["attempt"] == 2, 90, run, "the second attempt")
+    slurm_cluster.run("scancel", run.job_id)
+    run.wait_until_over()
+    taken = [step["step"] for step in run.steps()]
+    assert taken == list(range(1, len(taken) + 1))
+    assert restarts(slurm_cluster, run) == "1"
+
+
+def test_a_crash_before_the_first_step_is_held_with_its_reason(
+    slurm_cluster: SlurmCluster, runs: Runs, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.py").write_text("raise SystemExit(3)\n")
+    run = runs.submit(tmp_path / "broken.py", "--site", "slurm", "--nodes", "2", "--time", "2")
+    status = run.wait_until_over(60)
+    assert status["state"] == "held", run.story()
+    assert "before its first step" in status["reason"]
+    assert status["attempts"][0]["exit_code"] == 3
+    assert slurm_cluster.job(run.job_id)["JobState"] in {"SPECIAL_EXIT", "PENDING"}
+    runs.hpcds("cancel", str(run.folder))
+
+
+def test_hostile_names_and_arguments_arrive_byte_for_byte(runs: Runs, tmp_path: Path) -> None:
+    hostile = ["a b", "it's", '"quoted"', "$HOME", "`id`", "back\\slash", "per%cent %j", "ünïcode", "semi;colon", "*"]
+    folder = tmp_path / "a folder's $name %j"
+    folder.mkdir()
+    (folder / "show.py").write_text(
+        "import json, os, sys\njson.dump([sys.argv[1:], os.environ['VALUE']], open(os.environ['HPCDS_RUN_DIR'] + '/seen', 'w'))\n"
+    )
+    value = "comma,space 'single' \"double\" $X\nnext line"
+    run = runs.submit(
+        folder / "show.py", "--site", "slurm", "--time", "1", "--runs", str(folder / "run's %t"),
+        "--set", f"env.VALUE={value}", args=tuple(hostile),
+    )  # fmt: skip
+    assert run.wait_until_over(60)["state"] == "finished", run.story()
+    seen: Any = __import__("json").loads((run.folder / "seen").read_text())
+    assert seen == [hostile, value]
+    assert (run.folder / "logs" / "scheduler.log").exists()
+
+
+def test_a_refused_job_shows_sbatch_s_words_and_leaves_nothing(runs: Runs, tmp_path: Path) -> None:
+    done = runs.hpcds("submit", str(GPT), "--site", "slurm", "--partition", "nowhere", check=False)
+    assert done.returncode == 3
+    assert "invalid partition specified: nowhere" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_submit_inside_a_job_does_not_inherit_its_shape(
+    slurm_cluster: SlurmCluster, runs: Runs, tmp_path: Path
+) -> None:
+    (tmp_path / "inner.py").write_text(
+        "import os\nopen(os.environ['HPCDS_RUN_DIR'] + '/seen', 'w').write(os.environ['SLURM_JOB_NUM_NODES'])\n"
+    )
+    python = runs.env.get("PYTHON", __import__("sys").executable)
+    script = f"#!/bin/bash\n{python} -m hpc_ds submit inner.py --site slurm --time 1 --json > out.json\n"
+    outer = tmp_path / "outer.sh"
+    outer.write_text(script)
+    slurm_cluster.run("sbatch", "--wait", "-N3", "--time=1", f"--chdir={tmp_path}", str(outer))
+    data = __import__("json").loads((tmp_path / "out.json").read_text())
+    run = Run(tmp_path / data["run_dir"], data["job_id"], runs.hpcds)
+    assert run.wait_until_over(60)["state"] == "finished", run.story()
+    assert (run.folder / "seen").read_text() == "1"
+
+
+def test_hostfile_of_an_allocation(slurm_cluster: SlurmCluster) -> None:
+    python = __import__("sys").executable
+    done = slurm_cluster.run("salloc", "-N2", "--gpus-per-node=2", "--time=1", python, "-m", "hpc_ds", "hostfile")
+    assert done.stdout == "n1 slots=2\nn2 slots=2\n"
+
+
+def test_no_rank_is_left(undisturbed: Run) -> None:
+    assert ranks_of(undisturbed) == []
+    assert subprocess.run(["pgrep", "-f", str(undisturbed.folder)], check=False, capture_output=True).stdout == b""
