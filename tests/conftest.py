@@ -40,13 +40,13 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def _slurm_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """One real Slurm for the session; each test finds it without jobs and with every node idle."""
     with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
 
 
-@pytest.fixture
-def slurm_cluster(_slurm_of_the_session: SlurmCluster) -> SlurmCluster:
-    """One real Slurm for the session; each test finds it without jobs and with every node idle."""
-    _slurm_of_the_session.reset()
-    return _slurm_of_the_session
+@pytest.fixture(autouse=True)
+def _reset_slurm_cluster(request: pytest.FixtureRequest) -> None:
+    if "slurm_cluster" in request.fixturenames:
+        request.getfixturevalue("slurm_cluster").reset()

@@ -2,9 +2,9 @@
 # Install what the tests need beyond Python, from Debian's or Ubuntu's packages: a real Slurm, and Open MPI.
 # Where that is not possible it says so and exits 0; the tests then skip, or fail under HPCDS_REQUIRE_SLURM=1.
 set -uo pipefail
-export DEBIAN_FRONTEND=noninteractive PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 
-# slurm-wlm brings slurmctld, slurmd and the commands; openmpi-bin brings the libraries that mpi4py and srun --mpi=pmix load.
+# openmpi-bin also brings the libraries that mpi4py and srun --mpi=pmix load.
 declare -A programs_of=([slurm-wlm]="slurmctld slurmd sbatch srun" [munge]="munged" [openmpi-bin]="mpirun")
 
 missing=()
@@ -45,9 +45,8 @@ apt() {
 }
 
 for attempt in 1 2 3; do
-    # A list that is there may name files which the mirror no longer has: a failed install is tried again after an update.
-    apt update && apt install -y --no-install-recommends "${missing[@]}" && exit 0
-    echo "system packages: attempt $attempt failed"
-    sleep $((attempt * 5))
+    ((attempt == 1)) || sleep 5
+    apt update # a repository that fails here need not be the one that has the packages
+    apt install -y --no-install-recommends "${missing[@]}" && exit 0
 done
 give_up "apt-get failed three times"

@@ -57,12 +57,8 @@ LONGEST_FOLDER = 60
 SETTINGS = {
     "ClusterName": "hpcds",
     "AuthType": "auth/munge",
-    "CredType": "cred/munge",
-    "MpiDefault": "none",
-    "SwitchType": "switch/none",
     "ProctrackType": "proctrack/linuxproc",
     "TaskPlugin": "task/none",
-    "JobAcctGatherType": "jobacct_gather/none",
     "SelectType": "select/cons_tres",
     "SelectTypeParameters": "CR_Core_Memory",
     "DefMemPerCPU": "100",  # without it a job that asks for no memory takes the whole node's
@@ -72,13 +68,11 @@ SETTINGS = {
     "JobRequeue": "1",
     "KillWait": "8",
     "MinJobAge": "3600",  # finished jobs stay readable
-    "InactiveLimit": "0",
     "ReturnToService": "2",
     "MessageTimeout": "30",  # a loaded machine is slow, not broken
     "SlurmctldTimeout": "60",
-    "SlurmdTimeout": "15",
+    "SlurmdTimeout": "15",  # a node whose slurmd is gone is down after about twice that
     "SlurmdParameters": "config_overrides",  # nodes claim more cores and memory than the machine has
-    "SchedulerType": "sched/backfill",
     "SchedulerParameters": (
         "bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0,default_queue_depth=1000"
     ),
@@ -184,8 +178,6 @@ class SlurmCluster:
         atexit.unregister(self.stop)
         if left:
             raise RuntimeError(f"cluster in {self.folder}: processes {left} could not be killed")
-        if self.folder != self._given_folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def processes(self) -> list[int]:
         """Every live process of this cluster: daemons, steps, jobs, and commands that talk to it."""
@@ -258,21 +250,26 @@ class SlurmCluster:
     # Faults
 
     def kill_slurmd(self, node: str) -> None:
-        """Kill the daemon of a node; its jobs run on. Slurm calls the node down after SlurmdTimeout."""
+        """Kill the daemon of a node; its steps run on until Slurm notices, after about 30 s, and calls the node down."""
         daemon = self._daemons.pop(node)
         daemon.kill()
         daemon.wait()
 
     def kill_node(self, node: str) -> None:
-        """What a power cut does: the daemon of a node, its steps and their tasks are gone at once."""
+        """What a power cut does: the daemon of a node, its steps and their tasks are gone at once.
+
+        Slurm notices after about 30 s; ``scontrol update NodeName=... State=DOWN Reason=...`` tells it now.
+        """
         self.kill_slurmd(node)
         end_all(lambda: processes_of(self.folder, node))
 
     def restart_slurmd(self, node: str) -> None:
-        """Start the daemon of a node again, after killing it if need be."""
+        """Start the daemon of a node again, after killing it if need be; return when the node can take jobs."""
         if node in self._daemons:
             self.kill_slurmd(node)
         self._start_slurmd(node)
+        usable = ("idle", "mixed", "allocated", "completing")  # one that does not answer yet has an asterisk
+        self._wait_up(lambda: self._node_states().get(node) in usable, 30, f"node {node} back")
 
     def cancel_all(self, timeout_s: float = 30) -> None:
         """End every job now, and wait until the queue is empty.
@@ -314,7 +311,6 @@ class SlurmCluster:
         ports = free_ports(1 + len(self.node_names))
         self.conf.write_text(self._slurm_conf(ports))
         (self.folder / "gres.conf").write_text(self._gres_conf())
-        (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
 
     def _slurm_conf(self, ports: list[int]) -> str:
         host = socket.gethostname().partition(".")[0]
@@ -425,7 +421,7 @@ class SlurmCluster:
 
     def _start_reaper(self) -> None:
         self._reaper = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), str(self.folder)],
+            [sys.executable, str(Path(__file__).resolve()), str(self.folder), str(self._given_folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
@@ -546,11 +542,13 @@ def _line_of(pid: int, table: Mapping[int, Process]) -> set[int]:
     return line
 
 
-def reap(folder: Path) -> None:
-    """Wait until whoever started this has closed the pipe or died, then kill what is left of its cluster."""
+def reap(folder: Path, given_folder: Path) -> None:
+    """Wait until whoever started this has closed the pipe or died, then remove what is left of its cluster."""
     sys.stdin.buffer.read()
     end_all(lambda: processes_of(folder))
+    if folder != given_folder:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    reap(Path(sys.argv[1]))
+    reap(Path(sys.argv[1]), Path(sys.argv[2]))

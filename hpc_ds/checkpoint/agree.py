@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
-from hpc_ds.errors import CheckpointError, HpcdsError
+from hpc_ds.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,17 +23,32 @@ def together(what: str, do: Callable[[], Value]) -> list[Value]:
         CheckpointError: the same on every rank, when ``do`` failed on any of them.
     """
     mine: tuple[str | None, Any]
+    failure: Exception | None = None
     try:
         mine = None, do()
-    except (OSError, HpcdsError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        mine = f"{text or type(error).__name__}", None
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks are waiting to be told
+        failure, mine = error, (reason(error), None)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     for rank, (error_text, _) in enumerate(everyone):
         if error_text is not None:
-            raise CheckpointError(f"{what}: rank {rank}: {error_text}")
+            raise CheckpointError(f"{what}: rank {rank}: {error_text}") from failure
     return [value for _, value in everyone]
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong in a few words: what the operating system said, where that is beneath it.
+
+    torch's zip writer hides a full disk behind a complaint of its own, and its unpickler a class behind advice.
+    """
+    if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
+        return f"{found[1]} is not among the types that are read"
+    beneath: BaseException | None = error
+    while beneath is not None:
+        if isinstance(beneath, OSError) and beneath.strerror:
+            return beneath.strerror
+        beneath = beneath.__cause__ or (None if beneath.__suppress_context__ else beneath.__context__)
+    return str(error) or type(error).__name__
 
 
 def on_rank_0(what: str, do: Callable[[], Value]) -> Value:

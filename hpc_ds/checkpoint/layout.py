@@ -3,7 +3,8 @@
 <dir>/
     latest                     the tag of the newest whole checkpoint
     <tag>/                     visible only when whole: it was renamed here after everything in it was durable
-        manifest.json          format, step, world size, stage, versions, engine state, size and SHA-256 of each file
+        manifest.json          format, step, world size, stage, versions, engine state, size and SHA-256 of each file,
+                               and a seal: the SHA-256 of all that
         .metadata, __R_0.distcp   torch.distributed.checkpoint: parameters, buffers, optimizer state
         rank-R.pt              random-number states of rank R
         client_state.pt        what the user handed to save_checkpoint
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.errors import CheckpointError
+from hpc_ds.run_dir import write_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,6 +63,17 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank}.pt"
 
 
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest of the checkpoint in a folder, with its seal."""
+    write_json(path / MANIFEST, {**manifest, "seal": _seal(manifest)})
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """The checksum of what a manifest says, as a reader of its JSON understands it."""
+    said = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "seal"}))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(path: Path) -> Saved:
     """The checkpoint in a folder, its files not yet looked at.
 
@@ -74,6 +87,8 @@ def read_manifest(path: Path) -> Saved:
                 f"checkpoint {str(path)!r}: format {manifest['format']}, this hpc_ds reads up to {FORMAT}; use a newer one",
                 str(path),
             )
+        if manifest["seal"] != _seal(manifest):
+            raise ValueError("it does not fit its seal")
         return Saved(
             path, int(manifest["step"]), int(manifest["world_size"]), dict(manifest["files"]), manifest["state"]
         )
@@ -113,7 +128,7 @@ def sha256(path: Path) -> str:
 def candidates(folder: Path) -> list[Path]:
     """The checkpoint folders to try, best first: what ``latest`` names, then by step, newest first."""
     try:
-        latest = (folder / LATEST).read_text(encoding="utf-8").strip()
+        latest = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         latest = ""
     found = []

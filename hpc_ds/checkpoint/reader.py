@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 
-from hpc_ds.checkpoint.agree import on_rank_0, together
+from hpc_ds.checkpoint.agree import on_rank_0, reason, together
 from hpc_ds.checkpoint.layout import CLIENT_STATE, LATEST, Saved, candidates, damage_in, rank_file, read_manifest
 from hpc_ds.checkpoint.metadata import PlainReader
 from hpc_ds.errors import CheckpointError
@@ -68,26 +68,41 @@ def load_tensors(saved: Saved, tensors: dict[str, torch.Tensor]) -> None:
         try:
             load_sharded(tensors, storage_reader=PlainReader(saved.path))
         except CheckpointException as error:
-            raise CheckpointError("; ".join(sorted({f"{failure[0]}" for failure in error.failures.values()}))) from None
+            failure = error.failures.get(dist.get_rank())
+            if failure is not None:  # else another rank says why
+                raise CheckpointError(reason(failure[0])) from None
 
     together(what, load)
 
 
 def read_rank_state(saved: Saved) -> dict[str, Any] | None:
-    """What this rank left; None when the world has another size now."""
+    """What this rank left; None when the world has another size now. Collective.
+
+    Raises:
+        CheckpointError: it cannot be read without running code, on some rank.
+    """
     if saved.world_size != dist.get_world_size():
         return None
-    return _load_plain(saved.path / rank_file(dist.get_rank()))
+    return _load_plain(saved, "state of its ranks", rank_file(dist.get_rank()))
 
 
 def read_client_state(saved: Saved) -> dict[str, Any]:
-    """What the user left."""
-    return _load_plain(saved.path / CLIENT_STATE)
+    """What the user left. Collective.
+
+    Raises:
+        CheckpointError: it cannot be read without running code, on some rank.
+    """
+    return _load_plain(saved, "client state", CLIENT_STATE)
 
 
-def _load_plain(path: Path) -> dict[str, Any]:
-    data = torch.load(path, weights_only=True, map_location="cpu")
-    return dict(data)
+def _load_plain(saved: Saved, what: str, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    def load() -> None:
+        found.update(torch.load(saved.path / name, weights_only=True, map_location="cpu"))
+
+    together(f"checkpoint {str(saved.path)!r}: {what} not loaded", load)
+    return found
 
 
 def _all_candidates(folder: Path) -> list[Path]:

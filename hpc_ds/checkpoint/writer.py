@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import platform
 import shutil
 import time
@@ -25,23 +26,34 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
-from hpc_ds.checkpoint.agree import on_rank_0, together
+from hpc_ds.checkpoint.agree import on_rank_0, reason, together
 from hpc_ds.checkpoint.layout import (
     CLIENT_STATE,
     FORMAT,
     LATEST,
-    MANIFEST,
     REPLACED,
     SAVING,
     candidates,
     rank_file,
     sha256,
+    write_manifest,
 )
 from hpc_ds.errors import CheckpointError
-from hpc_ds.run_dir import fsync_folder, write_atomic, write_json
+from hpc_ds.run_dir import fsync_folder, write_atomic
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+class _Writer(FileSystemWriter):
+    """A FileSystemWriter whose errors say what the operating system said, also on their way to another rank."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        """Write this rank's tensors."""
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            raise CheckpointError(reason(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +117,11 @@ def prune(folder: Path, keep: int) -> None:
 
     A folder is renamed before its files go, so that a crash in between leaves no half checkpoint.
     """
-    for path in candidates(folder)[max(keep, 1) :]:
+    try:
+        doomed_ones = candidates(folder)[max(keep, 1) :]
+    except OSError:
+        return
+    for path in doomed_ones:
         doomed = path.with_name(f"{SAVING}{path.name}-{uuid.uuid4().hex[:8]}")
         with contextlib.suppress(OSError):
             path.rename(doomed)
@@ -121,6 +137,8 @@ def _begin(folder: Path, tag: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{SAVING}*"):
         shutil.rmtree(left, ignore_errors=True)
+    for left in folder.glob(f".{LATEST}.*"):  # from inside of write_atomic
+        left.unlink(missing_ok=True)
     # An old checkpoint whose successor never arrived gets its name back; one whose successor did is done with.
     for old in folder.glob(f"{REPLACED}*"):
         name = folder / old.name.removeprefix(REPLACED).rpartition("-")[0]
@@ -135,19 +153,23 @@ def _begin(folder: Path, tag: str) -> Path:
 
 def _write_tensors(tensors: dict[str, torch.Tensor], temporary: Path) -> None:
     try:
-        save_sharded(tensors, storage_writer=FileSystemWriter(temporary, sync_files=True))
+        save_sharded(tensors, storage_writer=_Writer(temporary, sync_files=True))
     except CheckpointException as error:
-        reasons = {f"{failure[0]}" for failure in error.failures.values()}
-        raise CheckpointError("; ".join(sorted(reasons))) from None
+        failure = error.failures.get(dist.get_rank())
+        if failure is not None:  # else another rank says why
+            raise CheckpointError(reason(failure[0])) from None
 
 
 def _write_rank_files(temporary: Path, own: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Write this rank's own files; returns size and checksum of everything that this rank wrote."""
     for name, data in own.items():
-        with (temporary / name).open("wb") as file:
-            torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with (temporary / name).open("wb") as file:
+                torch.save(data, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise _not_plain(name, data, error) from None
         _check_plain(temporary / name, data)
     rank = dist.get_rank()
     mine = [*own] + [path.name for path in temporary.glob(f"__{rank}_*")]
@@ -161,14 +183,18 @@ def _check_plain(path: Path, data: dict[str, Any]) -> None:
     try:
         torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # noqa: BLE001 - torch raises whatever the foreign class's pickle leads to
-        raise CheckpointError(
-            f"{path.name} with keys {', '.join(map(repr, data))}: holds something other than tensors, numbers, text, lists "
-            f"and dicts ({str(error).splitlines()[0][:200]}); store its state_dict instead"
-        ) from None
+        raise _not_plain(path.name, data, error) from None
+
+
+def _not_plain(name: str, data: dict[str, Any], error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{name} with keys {', '.join(map(repr, data))}: holds something other than tensors, numbers, text, lists and "
+        f"dicts ({reason(error).splitlines()[0][:200]}); store its state_dict instead"
+    )
 
 
 def _publish(folder: Path, tag: str, temporary: Path, manifest: dict[str, Any], *, save_latest: bool) -> None:
-    write_json(temporary / MANIFEST, manifest)
+    write_manifest(temporary, manifest)
     final = folder / tag
     replaced = folder / f"{REPLACED}{tag}-{uuid.uuid4().hex[:8]}"
     if final.exists():

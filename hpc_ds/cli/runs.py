@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hpc_ds.cli.show import show
 from hpc_ds.cli.submit import JsonOption, RunsOption
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def status(run: RunArgument, runs: RunsOption = Path("runs"), json_output: JsonO
     if json_output:
         typer.echo(json.dumps(status_of(found).as_data()))
         return
-    typer.echo("\n".join(summary(found)))
+    show(summary(found))
 
 
 def logs(
@@ -100,7 +101,6 @@ def supervise(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="T
 def show_until_over(run: RunDir) -> None:
     """Print a run as it happens and its summary; exit 1 unless it finished. Ctrl-C stops watching, not the run."""
     from hpc_ds.report.follow import follow
-    from hpc_ds.report.status import status_of
     from hpc_ds.report.summary import summary
 
     try:
@@ -109,8 +109,10 @@ def show_until_over(run: RunDir) -> None:
     except KeyboardInterrupt:
         typer.echo(f"\nthe run goes on; `hpcds logs -f {run.root}` shows it again", err=True)
         raise typer.Exit(130) from None
-    typer.echo("\n" + "\n".join(summary(run)))
-    if status_of(run).state != "finished":
+    story = summary(run)
+    typer.echo()
+    show(story)
+    if story.status.state != "finished":
         raise typer.Exit(1)
 
 

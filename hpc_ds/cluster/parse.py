@@ -10,6 +10,7 @@ from hpc_ds.errors import ParseError
 
 # "Key=value Key=value ...": a value may hold spaces, a key never does.
 _FIELD = re.compile(r"(?:^|\s)([A-Z][A-Za-z0-9/:_-]*)=")
+_DUE_TO = re.compile(r"\*\*\* STEP \S+ ON \S+ CANCELLED AT \S+ DUE TO (?P<why>[A-Z]+(?: [A-Z]+)*)")
 _TASK_END = re.compile(r"srun: error: (?P<host>\S+): tasks? (?P<tasks>[0-9,\[\]-]+): (?P<how>.+)")
 
 
@@ -61,6 +62,12 @@ def parse_time(text: str) -> float | None:
         return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
         return None
+
+
+def parse_due_to(line: str) -> str | None:
+    """Why Slurm ended a step, from ``... CANCELLED AT <time> DUE TO PREEMPTION ***``; None where it does not say."""
+    match = _DUE_TO.search(line)
+    return match["why"] if match else None
 
 
 def parse_task_end(line: str) -> tuple[str, int, str] | None:

@@ -262,8 +262,7 @@ class Engine:
             CheckpointError: the same on every rank; nothing of this save is visible, and training can go on.
         """
         folder = self._checkpoint_dir(save_dir)
-        if client_state is not None:
-            self._client_state = client_state
+        client = self._client_state if client_state is None else client_state
         began = time.monotonic()
         self._sharded.reshard()
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
@@ -271,13 +270,14 @@ class Engine:
             tensors=train_state.tensors_to_save(self.module, self.optimizer, frozen=not exclude_frozen_parameters),
             rank_state=train_state.random_states(),
             client_state={
-                "client": self._client_state,
+                "client": client,
                 "registered": {name: thing.state_dict() for name, thing in self._registered.items()},
             },
             state=self._plain_state(),
             step=self.global_steps,
         )
         writer.save(folder, tag, content, save_latest=save_latest)
+        self._client_state = client
         self._saved_step = self.global_steps
         self._last_save = time.monotonic()
         self._record("saved", step=self.global_steps, tag=tag, seconds=round(time.monotonic() - began, 3))

@@ -33,6 +33,7 @@ class LocalRunner:
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._kill_at: float | None = None
         self.failure: Failure | None = None
+        self.due_to: str | None = None
 
     def start(self) -> None:
         """Start all ranks, and name them in the step file for the keeper to signal."""

@@ -34,9 +34,15 @@ class Failure:
 
 
 class Runner(Protocol):
-    """Ranks that are started together and end together."""
+    """Ranks that are started together and end together.
+
+    Attributes:
+        failure: the rank that failed first, if one did.
+        due_to: why the scheduler ended them, in its words, where it said so: ``PREEMPTION``, ``NODE FAILURE`` ...
+    """
 
     failure: Failure | None
+    due_to: str | None
 
     def start(self) -> None:
         """Start all ranks."""

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from hpc_ds.cluster import process
-from hpc_ds.cluster.parse import parse_task_end
+from hpc_ds.cluster.parse import parse_due_to, parse_task_end
 from hpc_ds.launch.runner import CHECKPOINTED, Failure, in_words, last_lines, rank_log
 
 if TYPE_CHECKING:
@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 _PATIENCE_S = 10.0
 _KILL_PATIENCE_S = 20.0
 _WAIT_S = 120
+_LAUNCH_FAILED = re.compile(r"^srun: error: .*[Ll]aunch.* failed")
 
 
-def srun_command(argv: list[str], resources: Resources, logs: Path, options: list[str]) -> list[str]:
+# The shell that starts a rank opens its log: srun's own --output reads "%" and "\\" in paths, and when it cannot open
+# one it reports a failed launch and exits with 0.
+_WITH_LOG = 'exec "$@" >>"$HPCDS_RUN_DIR/logs/attempt-$HPCDS_ATTEMPT/rank-$SLURM_PROCID.log" 2>&1'
+
+
+def srun_command(argv: list[str], resources: Resources, options: list[str]) -> list[str]:
     """The srun command line of a step over the whole allocation."""
-    # "%" begins a pattern in --output.
-    pattern = str(rank_log(logs, 0)).replace("%", "%%").replace("rank-0.log", "rank-%t.log")
     command = [
         "srun",
         f"--nodes={resources.nodes}",
@@ -39,13 +43,11 @@ def srun_command(argv: list[str], resources: Resources, logs: Path, options: lis
         "--export=ALL",
         "--kill-on-bad-exit=0",
         f"--wait={_WAIT_S}",
-        "--open-mode=append",
-        f"--output={pattern}",
     ]
     if resources.cpus_per_task is not None:
         # Slurm 22.05 to 23.02 do not pass the job's value on to steps.
         command.append(f"--cpus-per-task={resources.cpus_per_task}")
-    return [*command, *options, *argv]
+    return [*command, *options, "/bin/sh", "-c", _WITH_LOG, "hpcds-rank", *argv]
 
 
 class SrunRunner:
@@ -61,6 +63,7 @@ class SrunRunner:
         self._end_at: float | None = None
         self._kill_at: float | None = None
         self.failure: Failure | None = None
+        self.due_to: str | None = None
 
     def start(self) -> None:
         """Start the step."""
@@ -100,11 +103,18 @@ class SrunRunner:
         whole = text[: text.rfind(b"\n") + 1]
         self._read += len(whole)
         for line in whole.decode(errors="replace").splitlines():
+            self.due_to = self.due_to or parse_due_to(line)
             self._look_for_failure(line)
 
     def _look_for_failure(self, line: str) -> None:
+        if self.failure is not None:
+            return
+        if _LAUNCH_FAILED.search(line):
+            self.failure = Failure(None, "", 1, line.removeprefix("srun: error: "), [line])
+            self._end_at = time.monotonic()
+            return
         end = parse_task_end(line)
-        if end is None or self.failure is not None:
+        if end is None:
             return
         host, rank, how = end
         code = exit_code_of(how)

@@ -109,6 +109,8 @@ def _active(job: JobState, last: Attempt | None) -> tuple[str, str]:
         return "held", last.detail if last is not None and last.detail else "held; `hpcds resume` releases it"
     if job.state in {"PENDING", "CONFIGURING", "REQUEUED"}:
         return "waiting", f"in the queue ({job.reason})" if job.reason != "None" else "in the queue"
-    if job.state == "COMPLETING" or (last is not None and last.cause is not None):
+    if job.state == "COMPLETING":
         return "ending", last.detail if last is not None and last.detail else "being ended by the scheduler"
-    return "running", f"on {job.nodes}" if job.nodes else "running"
+    if last is None or last.cause is not None:
+        return "running", "an attempt begins"
+    return "running", f"attempt {last.number} on {job.nodes}"

@@ -5,9 +5,10 @@
 | finished  | exit 0                                                      | nothing                                      |
 | preempted | the scheduler says so (PreemptTime is set)                  | requeue, then hold still                     |
 | requeued  | the scheduler counts a restart already                      | nothing: it starts again by itself           |
+| node_failure | the same, and srun's messages name a lost node           | nothing: it starts again by itself           |
 | walltime  | the scheduler says TimeLimit; or exit 75 near the limit     | requeue                                      |
 | cancelled | the job is ending, for none of the reasons above            | nothing                                      |
-| stopped   | exit 75, and the scheduler knows of no reason               | requeue                                      |
+| stopped   | exit 75, and the scheduler knows of no reason               | requeue; hold after three without a step     |
 | crashed   | any other exit                                              | requeue after progress, else hold            |
 | lost      | the attempt was never closed                                | its successor is what follows                |
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 # Slurm sends the signal of --signal up to a minute early, and looks at its clock every half minute.
 _EARLY_S = 90
+_VAIN_STOPS = 3
+_BY_WORDS = {"PREEMPTION": "preempted", "NODE FAILURE": "node_failure"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class Ended:
         job: the scheduler's word on the job; None where it gave none.
         restarts_before: restarts when the attempt began.
         terminated: the supervisor itself was told to end.
+        due_to: why the scheduler ended the ranks, in its words, where it said so.
         lead_s: of the warning before the time limit.
         now: seconds since the epoch.
     """
@@ -50,8 +54,14 @@ class Ended:
     job: JobState | None
     restarts_before: int
     terminated: bool
+    due_to: str | None
     lead_s: int
     now: float
+
+    @property
+    def requeued(self) -> bool:
+        """Whether the scheduler has queued the job again already."""
+        return self.job is not None and self.job.restarts > self.restarts_before
 
 
 def cause_of(ended: Ended) -> str:
@@ -68,8 +78,9 @@ def cause_of(ended: Ended) -> str:
 def _schedulers_word(ended: Ended, job: JobState) -> str | None:
     if job.preempting:
         return "preempted"
-    if job.restarts > ended.restarts_before:
-        return "requeued"
+    if ended.requeued:
+        # Without grace time a preemption, a lost node and an administrator's requeue look alike but for these words.
+        return _BY_WORDS.get(ended.due_to or "", "requeued")
     if job.state == "TIMEOUT" or job.reason == "TimeLimit":
         return "walltime"
     if job.state not in {"RUNNING", "CONFIGURING"}:
@@ -89,14 +100,22 @@ def action_after(cause: str, last_step: int | None, before: Sequence[Attempt], l
     """
     if cause == "finished":
         return "finish", "all ranks finished"
-    if cause in {"requeued", "cancelled"}:
-        return "leave", "the scheduler starts it again" if cause == "requeued" else "cancelled: nothing is requeued"
-    restarts = sum(attempt.action == "requeue" or attempt.cause in {"requeued", "lost"} for attempt in before)
+    if cause == "cancelled":
+        return "leave", "cancelled: nothing is requeued"
+    restarts = sum(attempt.cause not in {"finished", "cancelled"} for attempt in before)
     if limits.max_restarts is not None and restarts >= limits.max_restarts:
         return "hold", f"held: it was started again {restarts} times, and restart.max_restarts is {limits.max_restarts}"
+    if cause == "stopped" and _stops_in_vain(last_step, before):
+        return "hold", f"held: it asked to be started again {_VAIN_STOPS} times in a row without taking a step"
     if cause == "crashed":
         return _after_crash(last_step, [attempt for attempt in before if attempt.cause == "crashed"], limits)
     return "requeue", f"{cause}: queued again"
+
+
+def _stops_in_vain(last_step: int | None, before: Sequence[Attempt]) -> bool:
+    """Whether a program that always exits with 75 would be started for ever."""
+    recent = before[len(before) - _VAIN_STOPS + 1 :] if len(before) >= _VAIN_STOPS - 1 else ()
+    return last_step is None and bool(recent) and all(a.cause == "stopped" and a.last_step is None for a in recent)
 
 
 def _after_crash(last_step: int | None, crashes: Sequence[Attempt], limits: Restart) -> tuple[str, str]:

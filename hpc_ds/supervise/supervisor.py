@@ -86,9 +86,12 @@ class Supervisor:
         runner = self._runner(attempt.number)
         exit_code = self._run_ranks(runner)
         told = self._told if self._told is not None and self._told.state != "RUNNING" else self._ask()
-        cause = cause_of(Ended(exit_code, told, restarts, self._terminated, lead_s(self._job), time.time()))
-        steps = steps_of(self._run, attempt.number)
-        action, why = action_after(cause, steps["last_step"], read_ledger(self._run)[:-1], self._job.restart)
+        ended = Ended(exit_code, told, restarts, self._terminated, runner.due_to, lead_s(self._job), time.time())
+        cause, steps = cause_of(ended), steps_of(self._run, attempt.number)
+        if ended.requeued and cause != "finished":
+            action, why = "leave", f"{cause}: the scheduler starts it again"
+        else:
+            action, why = action_after(cause, steps["last_step"], read_ledger(self._run)[:-1], self._job.restart)
         failure = runner.failure if cause == "crashed" else None
         detail = f"{why} ({_first(failure)})" if failure is not None else why
         close_attempt(
@@ -118,7 +121,7 @@ class Supervisor:
         argv = self._argv()
         if self._site.scheduler == "local":
             return LocalRunner(argv, environ, job.resources.world_size, logs, self._run.local / "step.json")
-        return SrunRunner(srun_command(argv, job.resources, logs, self._site.srun), environ, logs)
+        return SrunRunner(srun_command(argv, job.resources, self._site.srun), environ, logs)
 
     def _argv(self) -> list[str]:
         if self._job.command is not None:

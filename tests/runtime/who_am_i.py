@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,6 @@ import hpc_ds
 me = hpc_ds.init_distributed()
 total = torch.tensor([float(me.rank)])
 dist.all_reduce(total)
-with open(f"{sys.argv[1]}/{me.rank}.json", "w") as file:
-    found = {"rank": me.rank, "local_rank": me.local_rank, "world_size": me.world_size, "source": me.source}
-    json.dump({**found, "sum": total.item(), "env": os.environ["RANK"]}, file)
+found = {"rank": me.rank, "local_rank": me.local_rank, "world_size": me.world_size, "source": me.source}
+found |= {"sum": total.item(), "env": os.environ["RANK"]}
+Path(sys.argv[1], f"{me.rank}.json").write_text(json.dumps(found))

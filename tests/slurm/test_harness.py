@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def test_a_dead_node_ends_its_job_and_can_return(slurm_cluster: SlurmCluster) ->
     slurm_cluster.kill_node("n4")
     slurm_cluster.run("scontrol", "update", "NodeName=n4", "State=DOWN", "Reason=test")
     assert slurm_cluster.wait_for_state(job_id, "NODE_FAIL")["Restarts"] == "0"
-    slurm_cluster.reset()
+    slurm_cluster.restart_slurmd("n4")
     assert slurm_cluster.run("srun", "--nodelist=n4", "hostname").returncode == 0
 
 
@@ -109,20 +110,25 @@ def test_stop_ends_every_process_even_of_stubborn_jobs(tmp_path: Path) -> None:
 
 
 def test_a_killed_test_run_leaves_no_process(tmp_path: Path) -> None:
-    folder = tmp_path / "c"
     program = f"""
 import os, pathlib, sys
 sys.path.insert(0, {str(Path(harness.__file__).parent)!r})
-from slurm_cluster import SlurmCluster
-SlurmCluster(pathlib.Path({str(folder)!r}), nodes=1).start()
+from slurm_cluster import SlurmCluster, tasks_of
+cluster = SlurmCluster(pathlib.Path({str(tmp_path / ("deep" * 20))!r}), nodes=1)
+cluster.start()
+cluster.submit("#!/bin/bash\\nsleep 600")
+cluster.wait_for(lambda: len(tasks_of(cluster.folder)) == 2, 20, "the script and its sleep")
+print(cluster.folder, flush=True)
 os.kill(os.getpid(), 9)
 """
-    done = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], check=False, timeout=60, stdout=subprocess.PIPE, text=True)
     assert done.returncode == -signal.SIGKILL
-    deadline = time.monotonic() + 10
-    while harness.processes_of(folder) and time.monotonic() < deadline:
+    folder = Path(done.stdout.strip())
+    end = time.monotonic() + 10
+    while (harness.processes_of(folder) or folder.exists()) and time.monotonic() < end:
         time.sleep(0.1)
     assert harness.processes_of(folder) == []
+    assert not folder.exists()
 
 
 def test_a_start_that_fails_shows_the_logs_and_leaves_nothing(tmp_path: Path) -> None:
@@ -130,3 +136,19 @@ def test_a_start_that_fails_shows_the_logs_and_leaves_nothing(tmp_path: Path) ->
     with pytest.raises(RuntimeError, match="none_such"):
         cluster.start()
     assert cluster.processes() == []
+
+
+@pytest.mark.parametrize(("required", "outcome"), [("", "1 skipped"), ("1", "1 error")])
+def test_without_slurm_its_tests_skip_or_fail(tmp_path: Path, required: str, outcome: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "every_node_is_idle", __file__],
+        env={**os.environ, "PATH": str(tmp_path), "HPCDS_REQUIRE_SLURM": required},
+        cwd=Path(__file__).parents[2],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert outcome in done.stdout
+    assert "srun" in done.stdout
+    assert "install_system_packages.sh" in done.stdout

@@ -5,18 +5,19 @@ Every disturbed run must show, bit for bit, the losses of the same run left alon
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from whole_runs import GPT, SMALL, Run, Runs, wait_until
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.slurm
@@ -31,10 +32,10 @@ def runs(slurm_cluster: SlurmCluster, tmp_path: Path) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(_slurm_of_the_session: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def undisturbed(slurm_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run that all others are compared with."""
-    _slurm_of_the_session.reset()
-    runs = Runs(tmp_path_factory.mktemp("undisturbed"), _slurm_of_the_session.env)
+    slurm_cluster.reset()
+    runs = Runs(tmp_path_factory.mktemp("undisturbed"), slurm_cluster.env)
     run = train(runs)
     assert run.wait_until_over()["state"] == "finished", run.story()
     return run
@@ -52,25 +53,28 @@ def restarts(cluster: SlurmCluster, run: Run) -> str:
     return cluster.job(run.job_id)["Restarts"]
 
 
+def read_process(pid: str, name: str) -> bytes:
+    """One file of a process; empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
+
+
+def environ_of(pid: int) -> dict[bytes, bytes]:
+    return dict(entry.split(b"=", 1) for entry in read_process(str(pid), "environ").split(b"\0") if b"=" in entry)
+
+
 def ranks_of(run: Run) -> list[int]:
     """The rank processes of a run, by the run folder in their environment."""
-    found = []
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            try:
-                with open(f"/proc/{entry.name}/environ", "rb") as file:
-                    environ = file.read()
-                with open(f"/proc/{entry.name}/cmdline", "rb") as file:
-                    command = file.read()
-            except OSError:
-                continue
-            if (
-                f"HPCDS_RUN_DIR={run.folder}\0".encode() in environ
-                and b"train.py" in command
-                and b"srun" not in command
-            ):
-                found.append(int(entry.name))
-    return found
+    pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
+    return [
+        pid
+        for pid in pids
+        if environ_of(pid).get(b"HPCDS_RUN_DIR") == str(run.folder).encode()
+        and b"train.py" in (command := read_process(str(pid), "cmdline"))
+        and not command.startswith(b"srun")
+    ]
 
 
 def test_two_nodes_with_two_ranks_each_train_and_finish(undisturbed: Run) -> None:
@@ -105,7 +109,8 @@ def test_preemption_without_grace_loses_no_step_either(
     run.wait_for_step(15)
     slurm_cluster.submit("#!/bin/bash\nsleep 2\n", "-p", "urgent", "--exclusive", "-N4", "--time=1")
     run.wait_until_over()
-    assert causes(run) == ["requeued", "finished"], run.story()
+    assert causes(run) == ["preempted", "finished"], run.story()
+    assert run.status()["attempts"][0]["action"] == "leave", "Slurm had queued it again itself"
     assert run.losses() == undisturbed.losses()
     assert restarts(slurm_cluster, run) == "1"
 
@@ -114,9 +119,7 @@ def test_a_killed_rank_is_named_and_the_run_resumes_from_its_newest_checkpoint(r
     run = train(runs, "--set", "checkpoint.every_steps=10")
     run.wait_for_step(25)
     victim = ranks_of(run)[-1]
-    environ = dict(
-        entry.split(b"=", 1) for entry in open(f"/proc/{victim}/environ", "rb").read().split(b"\0") if b"=" in entry
-    )
+    environ = environ_of(victim)
     os.kill(victim, signal.SIGKILL)
     run.wait_until_over()
     assert causes(run) == ["crashed", "finished"], run.story()
@@ -201,7 +204,7 @@ def test_hostile_names_and_arguments_arrive_byte_for_byte(runs: Runs, tmp_path: 
         "--set", f"env.VALUE={value}", args=tuple(hostile),
     )  # fmt: skip
     assert run.wait_until_over(60)["state"] == "finished", run.story()
-    seen: Any = __import__("json").loads((run.folder / "seen").read_text())
+    seen: Any = json.loads((run.folder / "seen").read_text())
     assert seen == [hostile, value]
     assert (run.folder / "logs" / "scheduler.log").exists()
 
@@ -220,20 +223,20 @@ def test_a_submit_inside_a_job_does_not_inherit_its_shape(
     (tmp_path / "inner.py").write_text(
         "import os\nopen(os.environ['HPCDS_RUN_DIR'] + '/seen', 'w').write(os.environ['SLURM_JOB_NUM_NODES'])\n"
     )
-    python = runs.env.get("PYTHON", __import__("sys").executable)
-    script = f"#!/bin/bash\n{python} -m hpc_ds submit inner.py --site slurm --time 1 --json > out.json\n"
+    script = f"#!/bin/bash\n{sys.executable} -m hpc_ds submit inner.py --site slurm --time 1 --json > out.json\n"
     outer = tmp_path / "outer.sh"
     outer.write_text(script)
     slurm_cluster.run("sbatch", "--wait", "-N3", "--time=1", f"--chdir={tmp_path}", str(outer))
-    data = __import__("json").loads((tmp_path / "out.json").read_text())
+    data = json.loads((tmp_path / "out.json").read_text())
     run = Run(tmp_path / data["run_dir"], data["job_id"], runs.hpcds)
     assert run.wait_until_over(60)["state"] == "finished", run.story()
     assert (run.folder / "seen").read_text() == "1"
 
 
 def test_hostfile_of_an_allocation(slurm_cluster: SlurmCluster) -> None:
-    python = __import__("sys").executable
-    done = slurm_cluster.run("salloc", "-N2", "--gpus-per-node=2", "--time=1", python, "-m", "hpc_ds", "hostfile")
+    done = slurm_cluster.run(
+        "salloc", "-N2", "--gpus-per-node=2", "--time=1", sys.executable, "-m", "hpc_ds", "hostfile"
+    )
     assert done.stdout == "n1 slots=2\nn2 slots=2\n"
 
 

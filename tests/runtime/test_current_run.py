@@ -1,0 +1,53 @@
+"""The run a rank belongs to, as its folder describes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hpc_ds.run_dir import RunDir, read_lines, write_json
+from hpc_ds.runtime.run import CurrentRun
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_outside_of_a_run_there_is_none() -> None:
+    assert CurrentRun.from_environment() is None
+
+
+def test_a_run_is_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = {"dir": "/saves", "every_steps": 5, "every_minutes": None, "keep": 2}
+    write_json(RunDir(tmp_path).config, {"checkpoint": checkpoint, "training": {"train_batch_size": 4}})
+    monkeypatch.setenv("HPCDS_RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("HPCDS_ATTEMPT", "3")
+    run = CurrentRun.from_environment()
+    assert run is not None
+    assert (run.attempt, str(run.checkpoints)) == (3, "/saves")
+    assert (run.every_steps, run.every_minutes, run.keep) == (5, None, 2)
+    assert run.training == {"train_batch_size": 4}
+
+
+def test_saves_are_in_the_run_folder_unless_the_job_says_where(tmp_path: Path) -> None:
+    write_json(RunDir(tmp_path).config, {"checkpoint": {"dir": None}, "training": None})
+    run = CurrentRun(tmp_path, 1)
+    assert run.checkpoints == tmp_path / "checkpoints"
+    assert run.training is None
+
+
+def test_a_run_folder_without_a_config_is_a_run_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPCDS_RUN_DIR", str(tmp_path))
+    run = CurrentRun.from_environment()
+    assert run is not None
+    assert (run.attempt, run.checkpoints) == (0, tmp_path / "checkpoints")
+
+
+def test_events_are_lines_with_attempt_and_time(tmp_path: Path) -> None:
+    run = CurrentRun(tmp_path, 2)
+    run.record("step", step=1, loss=0.5)
+    run.record("saved", step=1)
+    lines = read_lines(tmp_path / "events.jsonl")
+    assert [(line["event"], line["attempt"], line["step"]) for line in lines] == [("step", 2, 1), ("saved", 2, 1)]
+    assert lines[0]["time"] <= lines[1]["time"]
+    assert lines[0]["loss"] == pytest.approx(0.5)
