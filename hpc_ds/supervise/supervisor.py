@@ -208,8 +208,12 @@ class Supervisor:
 
 
 def _first(failure: Failure) -> str:
-    where = f"rank {failure.rank} on {failure.host}" if failure.rank is not None else failure.how
-    return f"{where}: {in_words(failure.exit_code)}" if failure.rank is not None else where
+    """Who failed first, how, and the last thing it said."""
+    if failure.rank is None:
+        return failure.how
+    said = [line.removeprefix(f"[rank{failure.rank}]: ").strip() for line in failure.last_lines if line.strip()]
+    words = f", {said[-1][:200]}" if said else ""
+    return f"rank {failure.rank} on {failure.host}: {in_words(failure.exit_code)}{words}"
 
 
 def _say(message: str) -> None:
