@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # What an enclosing job, step or MPI launch left behind would steer the new one: an inherited SLURM_CPU_BIND pins
 # its ranks, an inherited SLURM_NTASKS changes its size. SLURM_CONF says which cluster is meant and must stay.
-_INHERITED = ("SLURM_", "SBATCH_", "SALLOC_", "SRUN_", "PMI_", "PMIX_", "OMPI_", "PALS_")
+_INHERITED = ("SLURM_", "SBATCH_", "SALLOC_", "SRUN_", "PMI_", "PMIX_", "OMPI_", "PALS_", "HPCDS_")
 _KEPT = {"SLURM_CONF"}
 
 

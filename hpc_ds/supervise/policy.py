@@ -6,7 +6,7 @@
 | preempted | the scheduler says so (PreemptTime is set)                  | requeue, then hold still                     |
 | requeued  | the scheduler counts a restart already                      | nothing: it starts again by itself           |
 | node_failure | the same, and srun's messages name a lost node           | nothing: it starts again by itself           |
-| walltime  | the scheduler says TimeLimit; or exit 75 near the limit     | requeue                                      |
+| walltime  | the scheduler says TimeLimit; or exit 75 near the limit     | requeue; hold after three without a step     |
 | cancelled | the job is ending, for none of the reasons above            | nothing                                      |
 | stopped   | exit 75, and the scheduler knows of no reason               | requeue; hold after three without a step     |
 | crashed   | any other exit                                              | requeue after progress, else hold            |
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Slurm sends the signal of --signal up to a minute early, and looks at its clock every half minute.
 _EARLY_S = 90
 _VAIN_STOPS = 3
+_ASKED = {"stopped", "walltime"}
 _BY_WORDS = {"PREEMPTION": "preempted", "NODE FAILURE": "node_failure"}
 
 
@@ -105,17 +106,17 @@ def action_after(cause: str, last_step: int | None, before: Sequence[Attempt], l
     restarts = sum(attempt.cause not in {"finished", "cancelled"} for attempt in before)
     if limits.max_restarts is not None and restarts >= limits.max_restarts:
         return "hold", f"held: it was started again {restarts} times, and restart.max_restarts is {limits.max_restarts}"
-    if cause == "stopped" and _stops_in_vain(last_step, before):
-        return "hold", f"held: it asked to be started again {_VAIN_STOPS} times in a row without taking a step"
+    if cause in _ASKED and _stops_in_vain(last_step, before):
+        return "hold", f"held: it was started {_VAIN_STOPS} times in a row without taking a step; is its time limit too short?"
     if cause == "crashed":
         return _after_crash(last_step, [attempt for attempt in before if attempt.cause == "crashed"], limits)
     return "requeue", f"{cause}: queued again"
 
 
 def _stops_in_vain(last_step: int | None, before: Sequence[Attempt]) -> bool:
-    """Whether a program that always exits with 75 would be started for ever."""
+    """Whether a program that always exits with 75, or a limit shorter than its start, would go on for ever."""
     recent = before[len(before) - _VAIN_STOPS + 1 :] if len(before) >= _VAIN_STOPS - 1 else ()
-    return last_step is None and bool(recent) and all(a.cause == "stopped" and a.last_step is None for a in recent)
+    return last_step is None and bool(recent) and all(a.cause in _ASKED and a.last_step is None for a in recent)
 
 
 def _after_crash(last_step: int | None, crashes: Sequence[Attempt], limits: Restart) -> tuple[str, str]:
