@@ -64,6 +64,8 @@ class RunDir:
             RunError: the folder cannot be made.
         """
         stamp = time.strftime("%Y%m%d-%H%M%S")
+        if not str(runs.absolute()).isprintable():
+            raise RunError(f"runs folder {str(runs)!r}: has a character that no job script can hold; choose another")
         try:
             runs.mkdir(parents=True, exist_ok=True)
             for count in range(1, 1000):
@@ -86,8 +88,8 @@ class RunDir:
             RunError: there is none.
         """
         run = cls(root.resolve())
-        if not run.config.is_file():
-            missing = "no such folder" if not root.exists() else "not a run folder (it has no config.json)"
+        if not _is_run(run.root):
+            missing = "no such folder" if not _exists(root) else "not a run folder (it has no config.json)"
             raise RunError(
                 f"run {str(root)!r}: {missing}; give the folder that `hpcds submit` printed", value=str(root)
             )
@@ -102,7 +104,7 @@ class RunDir:
         Raises:
             RunError: no run is meant.
         """
-        if (Path(text) / "config.json").is_file() or os.sep in text:
+        if os.sep in text or _is_run(Path(text)):
             return cls.open(Path(text))
         found = [run for run in _known_runs(runs) if text in run.names()]
         if not found:
@@ -126,6 +128,17 @@ class RunDir:
             append_line(path, {"run": str(self.root)}, durable=False)
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long to exist
+        return False
+
+
+def _is_run(root: Path) -> bool:
+    return _exists(root / "config.json")
+
+
 def _index_path() -> Path:
     state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(state) / "hpcds" / "runs.jsonl"
@@ -133,8 +146,8 @@ def _index_path() -> Path:
 
 def _known_runs(runs: Path) -> list[RunDir]:
     remembered = [Path(line["run"]) for line in read_lines(_index_path()) if isinstance(line.get("run"), str)]
-    beside = sorted(runs.iterdir()) if runs.is_dir() else []
-    return [RunDir(root) for root in dict.fromkeys([*beside, *remembered]) if (root / "config.json").is_file()]
+    beside = sorted(runs.resolve().iterdir()) if runs.is_dir() else []
+    return [RunDir(root) for root in dict.fromkeys([*beside, *remembered]) if _is_run(root)]
 
 
 def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
@@ -168,11 +181,16 @@ def write_json(path: Path, data: Any, mode: int = 0o644) -> None:
 
 
 def append_line(path: Path, data: dict[str, Any], *, durable: bool = True) -> None:
-    """Add one JSON line in one write, so that lines of several writers never mix."""
+    """Add one JSON line in one write, so that lines of several writers never mix.
+
+    A last line that a crash tore gets its end first, so that it does not take this one with it.
+    """
     line = (json.dumps(data, ensure_ascii=False) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line)
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, b"\n" + line if torn else line)
         if durable:
             os.fsync(descriptor)
     finally:
@@ -195,7 +213,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # splitlines would also cut at characters that JSON leaves as they are
         with contextlib.suppress(ValueError):
             data = json.loads(line)
             if isinstance(data, dict):

@@ -87,8 +87,7 @@ def read_manifest(path: Path) -> Saved:
                 f"checkpoint {str(path)!r}: format {manifest['format']}, this hpc_ds reads up to {FORMAT}; use a newer one",
                 str(path),
             )
-        if manifest["seal"] != _seal(manifest):
-            raise ValueError("it does not fit its seal")
+        _check_seal(path, manifest)
         return Saved(
             path, int(manifest["step"]), int(manifest["world_size"]), dict(manifest["files"]), manifest["state"]
         )
@@ -100,6 +99,13 @@ def read_manifest(path: Path) -> Saved:
         raise CheckpointError(
             f"checkpoint {str(path)!r}: {MANIFEST} is damaged: {error!r}; use another", str(path)
         ) from None
+
+
+def _check_seal(path: Path, manifest: dict[str, Any]) -> None:
+    if manifest["seal"] != _seal(manifest):
+        raise CheckpointError(
+            f"checkpoint {str(path)!r}: {MANIFEST} is damaged: it does not fit its seal; use another", str(path)
+        )
 
 
 def damage_in(saved: Saved, names: list[str]) -> str | None:

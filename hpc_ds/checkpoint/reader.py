@@ -16,6 +16,7 @@ from hpc_ds.checkpoint.metadata import PlainReader
 from hpc_ds.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 log = logging.getLogger("hpc_ds")
@@ -56,13 +57,19 @@ def find(folder: Path, tag: str | None = None) -> Saved | None:
     return None
 
 
-def load_tensors(saved: Saved, tensors: dict[str, torch.Tensor]) -> None:
+def load_tensors(saved: Saved, tensors_of: Callable[[], dict[str, torch.Tensor]]) -> None:
     """Fill tensors in place, each rank reading what its shards need. Collective.
+
+    Args:
+        saved: the checkpoint.
+        tensors_of: says which, by name; it may look into the checkpoint, and fail on any rank.
 
     Raises:
         CheckpointError: a tensor is not in the checkpoint, or has another shape.
     """
     what = f"checkpoint {str(saved.path)!r}: not loaded"
+    tensors: dict[str, torch.Tensor] = {}
+    together(what, lambda: tensors.update(tensors_of()))
 
     def load() -> None:
         try:

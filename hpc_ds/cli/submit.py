@@ -77,13 +77,14 @@ def submit(
 
 
 def _load(target: str, overrides: list[str], args: list[str]) -> JobConfig:
+    from hpc_ds.config.job import is_run_name
     from hpc_ds.config.load import build_job, load_job_file
 
     if target.endswith(".json"):
         return load_job_file(Path(target), overrides, args)
     script = Path(target)
     data: dict[str, Any] = {"script": str(script)}
-    if not any(override.startswith("name=") for override in overrides) and script.stem.isidentifier():
+    if not any(override.startswith("name=") for override in overrides) and is_run_name(script.stem):
         data["name"] = script.stem
     return build_job(data, overrides, args, file=target, base=Path.cwd())
 

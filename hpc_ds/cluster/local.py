@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from hpc_ds.run_dir import RunDir
 
 _START_TIMEOUT_S = 20.0
+BUSY = 17
+"""Exit code of a keeper that found another one at work on its run."""
 
 
 class Local:
@@ -42,13 +44,7 @@ class Local:
         Raises:
             SubmitError: the run has a live job already, or the keeper did not start.
         """
-        before = self.show("")
-        if before is not None and before.active and not before.held:
-            raise SubmitError(f"run {str(run.root)!r}: its job is still {before.state.lower()}; cancel it first")
         self._requests.mkdir(parents=True, exist_ok=True)
-        for stale in self._requests.iterdir():
-            stale.unlink(missing_ok=True)
-        self._state.unlink(missing_ok=True)
         with run.scheduler_log.open("ab") as log:
             keeper = subprocess.Popen(
                 [sys.executable, "-m", "hpc_ds.cluster.local_keeper", str(run.root)],
@@ -57,9 +53,12 @@ class Local:
                 stderr=log,
                 start_new_session=True,
                 env=outside_jobs(os.environ),
+                cwd=run.root,  # Python looks for modules in the current folder first
             )
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while not self._state.exists():
+        while read_object(self._state).get("pid") != keeper.pid:
+            if keeper.poll() == BUSY:
+                raise SubmitError(f"run {str(run.root)!r}: its job is still there; cancel it first")
             if keeper.poll() is not None or time.monotonic() > deadline:
                 raise SubmitError(f"run {str(run.root)!r}: its keeper did not start; look into {run.scheduler_log}")
             time.sleep(0.01)

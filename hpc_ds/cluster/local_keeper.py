@@ -17,6 +17,7 @@ The limits stand in the job script, as lines ``#LOCAL key=value``. The ranks are
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hpc_ds.cluster import process
+from hpc_ds.cluster.local import BUSY
 from hpc_ds.cluster.scheduler import JobState
 from hpc_ds.run_dir import RunDir, read_object, write_json
 
@@ -86,6 +88,8 @@ class Keeper:
     def keep(self) -> None:
         """Run the job until it ends for good or is held."""
         process.adopt_orphans()
+        for left in (self._run.local / "requests").glob("*.json"):  # for a keeper before this one
+            left.unlink(missing_ok=True)
         signal.pthread_sigmask(signal.SIG_BLOCK, _WAKE)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         while self._run_once() == "requeue":
@@ -176,7 +180,8 @@ class _Ending:
     def _act(self, action: str) -> None:
         if action == "cancel":
             self._end("CANCELLED", "None", "end")
-        elif action in {"requeue", "hold"} and self._kill_at is None:
+        elif action in {"requeue", "hold"} and (self._kill_at is None or self.state == "TIMEOUT"):
+            self.state = None
             self._again(action)
         elif action == "preempt" and self._grace_ends_at is None and self._kill_at is None:
             self._grace_ends_at = time.time() + self._keeper.limits.grace_s
@@ -232,5 +237,17 @@ def _reap_adopted(batch: int) -> None:
             os.waitpid(ended.si_pid, 0)
 
 
+def main(root: Path) -> int:
+    """Keep the job of a run; two keepers of one run would start its ranks twice, so the second leaves."""
+    run = RunDir(root)
+    with (run.local / "lock").open("w") as lock:  # held until this process ends, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return BUSY
+        Keeper(run).keep()
+    return 0
+
+
 if __name__ == "__main__":
-    Keeper(RunDir(Path(sys.argv[1]))).keep()
+    sys.exit(main(Path(sys.argv[1])))

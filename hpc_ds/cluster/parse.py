@@ -30,6 +30,8 @@ def parse_job_id(text: str) -> str:
 def parse_fields(line: str) -> dict[str, str]:
     """The fields of one ``scontrol show job -o`` line."""
     marks = list(_FIELD.finditer(line))
+    if not marks:
+        return {}
     ends = [mark.start() for mark in marks[1:]] + [len(line)]
     return {mark.group(1): line[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)}
 
@@ -40,7 +42,8 @@ def parse_job(line: str) -> JobState:
     Raises:
         ParseError: the line has no job state.
     """
-    fields = parse_fields(line)
+    # What follows are paths, in which a user may have written anything.
+    fields = parse_fields(line.partition(" Command=")[0])
     if "JobState" not in fields:
         raise ParseError(f"scontrol answer {line[:200]!r}: no JobState in it; is this Slurm?", line)
     preempt_time = fields.get("PreemptTime", "None")
@@ -48,12 +51,18 @@ def parse_job(line: str) -> JobState:
     return JobState(
         state=state,
         reason=fields.get("Reason", "None"),
-        restarts=int(fields.get("Restarts", "0") or 0),
+        restarts=_count(fields.get("Restarts") or "0", line),
         preempting=preempt_time not in {"None", "Unknown", ""},
         end_time=parse_time(fields.get("EndTime", "")),
         nodes=fields.get("NodeList", "").replace("(null)", ""),
         held=fields.get("Priority") == "0" and state in {"PENDING", "SPECIAL_EXIT", "REQUEUE_HOLD"},
     )
+
+
+def _count(text: str, line: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ParseError(f"scontrol answer {line[:200]!r}: Restarts={text} is no number; is this Slurm?", line, text)
+    return int(text[:9])
 
 
 def parse_time(text: str) -> float | None:

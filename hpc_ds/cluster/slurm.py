@@ -41,7 +41,7 @@ class Slurm:
             if "Invalid job id" in answer.stderr:
                 return None
             raise CommandError(["scontrol", "show", "job"], answer.returncode, answer.stderr)
-        return parse_job(answer.stdout.strip().splitlines()[0])
+        return parse_job(answer.stdout.strip().partition("\n")[0])
 
     def cancel(self, job_id: str) -> None:
         """End the job for good."""

@@ -29,7 +29,7 @@ def time_limit_s(text: str) -> int:
     Raises:
         ValueError: the text is none of these, or stands for no time at all.
     """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    match = re.fullmatch(r"(?:([0-9]{1,6})-)?([0-9]{1,9})(?::([0-9]{1,9}))?(?::([0-9]{1,9}))?", text)
     if not match:
         raise ValueError("not a time limit; use minutes, HH:MM:SS or D-HH:MM:SS")
     days, *fields = match.groups()
@@ -40,6 +40,33 @@ def time_limit_s(text: str) -> int:
     if seconds <= 0:
         raise ValueError("no time at all; leave it out for the cluster's default")
     return seconds
+
+
+def check_variable_names(names: Any) -> None:
+    """Refuse what no shell takes as the name of a variable.
+
+    Raises:
+        ValueError: one is not a name.
+    """
+    for name in names:
+        if not _VARIABLE.fullmatch(name):
+            raise ValueError(f"{name!r} is not a variable name; use letters, digits and _")
+
+
+def check_option_names(names: Any) -> None:
+    """Refuse what is not the name of an sbatch option.
+
+    Raises:
+        ValueError: one is not a name.
+    """
+    for name in names:
+        if not _OPTION.fullmatch(name):
+            raise ValueError(f'{name!r} is not an option name; write it without dashes, such as "mail-type"')
+
+
+def is_run_name(text: str) -> bool:
+    """Whether a run may have this name: it becomes part of file names and of Slurm's listings."""
+    return _NAME.fullmatch(text) is not None
 
 
 def _time_limit(text: str) -> str:
@@ -78,9 +105,7 @@ class Resources(Model):
     @field_validator("sbatch")
     @classmethod
     def _option_names(cls, options: dict[str, Any]) -> dict[str, Any]:
-        for name in options:
-            if not _OPTION.fullmatch(name):
-                raise ValueError(f'{name!r} is not an option name; write it without dashes, such as "mail-type"')
+        check_option_names(options)
         return options
 
     @property
@@ -114,7 +139,7 @@ class Checkpoint(Model):
 
     dir: Line | None = Field(None, description="default: checkpoints/ in the run folder")
     every_steps: Positive | None = None
-    every_minutes: Annotated[float, Field(gt=0, strict=False)] | None = 30.0
+    every_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 30.0
     keep: Positive | None = Field(3, description="how many to keep; null keeps all")
     async_: bool = Field(default=False, alias="async", description="accepted; saves are synchronous in this version")
 
@@ -152,7 +177,7 @@ class JobConfig(Model):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str) -> str:
-        if not _NAME.fullmatch(name):
+        if not is_run_name(name):
             raise ValueError(
                 "not a run name; use letters, digits and . _ + @ -, at most 100, the first a letter or digit"
             )
@@ -188,9 +213,8 @@ class JobConfig(Model):
 
 
 def _check_variables(names: Any) -> None:
+    check_variable_names(names)
     for name in names:
-        if not _VARIABLE.fullmatch(name):
-            raise ValueError(f"{name!r} is not a variable name; use letters, digits and _")
         if name.startswith(("SLURM_", "HPCDS_")):
             raise ValueError(f"{name!r} is set by the launcher itself; leave it out")
 

@@ -5,6 +5,7 @@ Relative paths in a job file are relative to that file; in overrides and options
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -40,9 +41,13 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
             f"{what} {str(path)!r}, line {error.lineno}, column {error.colno}: not JSON: {error.msg.lower()}; mend it there",
             file=str(path),
         ) from None
-    except (KeyError, RecursionError) as error:
-        problem = f"key {error.args[0]!r} is given twice" if isinstance(error, KeyError) else "nested too deeply"
-        raise ConfigError(f"{what} {str(path)!r}: {problem}; keep one", file=str(path)) from None
+    except KeyError as error:
+        problem = f"key {error.args[0]!r} is given twice; keep one"
+        raise ConfigError(f"{what} {str(path)!r}: {problem}", file=str(path)) from None
+    except (RecursionError, ValueError):  # a number of thousands of digits
+        raise ConfigError(
+            f"{what} {str(path)!r}: nested too deeply, or with an endless number; mend it", file=str(path)
+        ) from None
     if not isinstance(data, dict):
         raise ConfigError(f"{what} {str(path)!r}: not a JSON object; write {{ ... }}", file=str(path))
     return data
@@ -78,16 +83,25 @@ def build_job(
     for override in overrides:
         _apply(data, override)
     data = _absolute_paths({"workdir": str(base), **data}, Path.cwd())
-    if args:
-        data["args"] = [*(data.get("args") or []), *args]
+    given = data.get("args") or []
+    if args and isinstance(given, list):
+        data["args"] = [*given, *args]
     job: JobConfig = check(JobConfig, data, file)
-    if job.script is not None and not Path(job.script).is_file():
+    if job.script is not None and not is_file(Path(job.script)):
         raise ConfigError(f"{file}: script {job.script!r}: no such file; check the path", file=file, key="script")
     if isinstance(job.training, str):
         job = job.model_copy(update={"training": read_json(Path(job.training), "training config")})
     if job.training is not None:
         check_training(job.training, job.resources.world_size, file)  # type: ignore[arg-type] # a path was read above
     return job
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name too long to exist is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def check_training(data: dict[str, Any], world_size: int, file: str) -> list[str]:
@@ -137,7 +151,9 @@ def load_site(name: str) -> SiteConfig:
 
 def site_files() -> dict[str, Path]:
     """Every known site and its file: those shipped, and those in ``~/.config/hpcds/sites``, which come first."""
-    folders = [shipped("site_configs"), Path.home() / ".config" / "hpcds" / "sites"]
+    folders = [shipped("site_configs")]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        folders.append(Path.home() / ".config" / "hpcds" / "sites")
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
 
 
@@ -145,11 +161,18 @@ def _absolute_paths(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
     data = dict(data)
     for key in ("script", "training", "workdir"):
         if isinstance(data.get(key), str):
-            data[key] = str(base / Path(data[key]).expanduser())
+            data[key] = _absolute(base, data[key], key)
     for section, key in (("checkpoint", "dir"), ("runtime", "path")):
         if isinstance(data.get(section), dict) and isinstance(data[section].get(key), str):
-            data[section] = {**data[section], key: str(base / Path(data[section][key]).expanduser())}
+            data[section] = {**data[section], key: _absolute(base, data[section][key], f"{section}.{key}")}
     return data
+
+
+def _absolute(base: Path, text: str, key: str) -> str:
+    try:
+        return str(base / Path(text).expanduser())
+    except RuntimeError:
+        raise ConfigError(f"{key} {text!r}: there is no such user's home; give the path", key=key, value=text) from None
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -168,7 +191,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
         holder[section] = holder = dict(inner)
     try:
         holder[last] = text if _wants_text(key) else json.loads(text)
-    except json.JSONDecodeError:
+    except RecursionError:
+        raise ConfigError(f"--set {key}: nested too deeply; give a value", key=key) from None
+    except ValueError:  # not JSON: text
         holder[last] = text
 
 

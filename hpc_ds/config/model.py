@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import types
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
@@ -31,6 +32,7 @@ _WRONG_TYPE = {
     "bool_type": ("neither true nor false", "give true or false without quotes"),
     "list_type": ("not a list", "give a list in [ ]"),
     "dict_type": ("not a section", "give a section in { }"),
+    "too_short": ("empty", "give at least one word"),
     "float_parsing": ("not a number", "give a number"),
     "model_type": ("not a section", "give a section in { }"),
     "model_attributes_type": ("not a section", "give a section in { }"),
@@ -43,10 +45,27 @@ def check(model: type[Model], data: Mapping[str, Any], file: str) -> Any:
     Raises:
         ConfigError: naming file, key, value and what is allowed, for all that is wrong, in one sentence.
     """
+    for key, value in data.items():
+        _refuse_what_cannot_be_written(key, value, file)
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
         raise _as_config_error(error, model, file) from None
+
+
+def _refuse_what_cannot_be_written(key: str, value: object, file: str) -> None:
+    """Half characters (lone surrogates) and endless nesting pass as values, and break the file they are written to."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ConfigError(
+            f"{file}: {key_in_words(key)}: {half!r} is half a character; write UTF-8 text", file=file
+        ) from None
+    except (RecursionError, ValueError):
+        raise ConfigError(
+            f"{file}: {key_in_words(key)}: nested too deeply, or an endless number; mend it", file=file
+        ) from None
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -80,7 +99,12 @@ def _key_of(detail: ErrorDetails, model: type[Model]) -> str:
         elif _is_mapping(annotation) and "[" not in part:
             annotation = None  # below a key of the user's own there are only tags
             parts.append(part)
-    return ".".join(parts)
+    return key_in_words(".".join(parts))
+
+
+def key_in_words(key: str) -> str:
+    """A key as it can stand in one line of a message."""
+    return key if key.isprintable() else repr(key)
 
 
 def _sentence(key: str, detail: ErrorDetails, model: type[Model]) -> str:

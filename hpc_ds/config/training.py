@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from hpc_ds.config.model import Model, check
+from hpc_ds.config.model import Model, check, key_in_words, nearest
 from hpc_ds.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -50,6 +50,24 @@ ACCEPTED = {
     "zero_optimization.stage3_model_persistence_threshold": _BUCKETS,
     "zero_optimization.stage3_max_live_parameters": _FSDP2,
     "zero_optimization.stage3_max_reuse_distance": _FSDP2,
+    "managed_gradient_accumulation": "the engine always counts micro-batches",
+    "fp16.auto_cast": "floating-point inputs are always cast",
+    "log_level": "logging is the script's own",
+    "vocabulary_size": "it only warns, about a size that is not a multiple of 8",
+    "timers": "step times are in the run's events",
+    "seq_parallel_communication_data_type": "there is no sequence parallelism",
+    "checkpoint.use_node_local_storage": "each rank writes its own shards",
+    "checkpoint.parallel_write": "each rank writes its own shards",
+    "checkpoint.load_universal": "every checkpoint loads at any world size",
+    "zero_optimization.legacy_stage1": "there is one stage 1",
+    "zero_optimization.pipeline_loading_checkpoint": "loading always reads shards",
+    "zero_optimization.override_module_apply": _FSDP2,
+    "zero_optimization.log_trace_cache_warnings": "there is no trace to warn about",
+    "zero_optimization.stage3_module_granularity_threshold": _BUCKETS,
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params": _FSDP2,
+    "zero_optimization.stage3_allgather_sequential": _FSDP2,
+    "zero_optimization.cpu_offload_use_pin_memory": "there is no offloading in this version",
+    "zero_optimization.enable_sanity_checks": "checks are always on",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "save_16bit_model always gathers",
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": "save_16bit_model always gathers",
 }
@@ -58,6 +76,14 @@ REFUSED = {
     "zero_optimization.offload_optimizer": "offloading is not supported in this version",
     "zero_optimization.offload_param": "offloading is not supported in this version",
     "zero_optimization.cpu_offload": "offloading is not supported in this version",
+    "zero_optimization.cpu_offload_param": "offloading is not supported in this version",
+    "zero_optimization.leaf_module": "ZeRO leaf modules are not supported in this version",
+    "zero_optimization.zero_quantized_nontrainable_weights": "ZeRO++ is not supported",
+    "fp16.fp16_master_weights_and_grads": "master parameters are always fp32",
+    "bf16.immediate_grad_update": "gradients are reduced by the ZeRO stage",
+    "bf16.bf16_master_weights_and_grads": "master parameters are always fp32",
+    "bf16.bf16_optimizer_states": "optimizer states are always fp32",
+    "gradient_allreduce_op": "gradients are averaged",
     "zero_optimization.zenflow": "ZenFlow is not supported",
     "zero_optimization.zero_hpz_partition_size": "ZeRO++ is not supported",
     "zero_optimization.zero_quantized_weights": "ZeRO++ is not supported",
@@ -89,12 +115,21 @@ REFUSED = {
     "eigenvalue": "quantized training is not supported",
 }
 
+# What a refused key says when it asks for nothing.
+_IDLE: dict[str, Any] = {
+    "gradient_predivide_factor": 1.0,
+    "zero_optimization.zero_hpz_partition_size": 1,
+    "gradient_allreduce_op": "mean",
+}
+_DEEPEST = 20
+
 
 class OptimizerConfig(Model):
     """``{"type": "AdamW", "params": {"lr": 1e-3}}``."""
 
     type: str
     params: dict[str, Any] = Field(default_factory=dict)
+    legacy_fusion: bool = Field(False, description="accepted; there is one implementation of each optimizer")  # noqa: FBT003
 
 
 class SchedulerConfig(Model):
@@ -160,6 +195,16 @@ class TrainingConfig(Model):
         return self
 
 
+_SECTIONS: dict[str, type[Model]] = {
+    "": TrainingConfig,
+    "zero_optimization": ZeroConfig,
+    "fp16": Fp16Config,
+    "bf16": Bf16Config,
+    "checkpoint": CheckpointSection,
+    "optimizer": OptimizerConfig,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class BatchSizes:
     """The batch arithmetic of a run: ``train = micro * accumulation * world_size``, all in samples but the last two."""
@@ -179,8 +224,9 @@ def load_training(data: dict[str, Any], file: str = "training config") -> tuple[
     Raises:
         ConfigError: an unknown or refused key, or a value out of range.
     """
-    data = _without_auto(data)
-    data, renamed = _respelled(data)
+    data = _without_auto(data, file)
+    data, renamed = _respelled(data, file)
+    _refuse_unknown(data, file)
     _refuse(data, file)
     data, ignored = _without_accepted(data)
     warnings = renamed + [f"{file}: {key}: has no effect, because {ACCEPTED[key]}" for key in ignored]
@@ -217,35 +263,52 @@ def resolve_batch_sizes(config: TrainingConfig, world_size: int) -> BatchSizes:
     return BatchSizes(train, micro, accumulation, world_size)
 
 
-def _without_auto(data: dict[str, Any]) -> dict[str, Any]:
+def _without_auto(data: dict[str, Any], file: str, depth: int = 0) -> dict[str, Any]:
     """Without what is "auto": the default is meant (a Trainer that fills it in has done so by now)."""
+    if depth > _DEEPEST:
+        raise ConfigError(f"{file}: nested more than {_DEEPEST} sections deep; no key stands there", file=file)
     return {
-        key: _without_auto(value) if isinstance(value, dict) else value
+        key: _without_auto(value, file, depth + 1) if isinstance(value, dict) else value
         for key, value in data.items()
         if value != "auto"
     }
 
 
-def _respelled(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _respelled(data: dict[str, Any], file: str) -> tuple[dict[str, Any], list[str]]:
     data = dict(data)
+    if "bf16" in data and "bfloat16" in data:
+        raise ConfigError(f"{file}: bf16, bfloat16: two names of one section; keep bf16", file=file, key="bfloat16")
     if "bfloat16" in data:
-        data.setdefault("bf16", data.pop("bfloat16"))
+        data["bf16"] = data.pop("bfloat16")
     # accelerate passes infinity for "never".
     if data.get("steps_per_print") in (math.inf, 0):
         data["steps_per_print"] = None
     zero = data.get("zero_optimization")
     if isinstance(zero, bool):
-        data["zero_optimization"] = {"stage": int(zero)}
-        return data, [
-            f'zero_optimization {str(zero).lower()}: read as stage {int(zero)}; write {{"stage": {int(zero)}}}'
-        ]
+        stage = int(zero)
+        data["zero_optimization"] = {"stage": stage}
+        return data, [f'zero_optimization {str(zero).lower()}: read as stage {stage}; write {{"stage": {stage}}}']
     return data, []
+
+
+def _refuse_unknown(data: dict[str, Any], file: str) -> None:
+    """Unknown keys, before the models see them: keys that are only listed can be meant as well."""
+    for section, model in _SECTIONS.items():
+        holder = data.get(section) if section else data
+        listed = [key.rpartition(".") for key in (*ACCEPTED, *REFUSED)]
+        known = {*model.model_fields, *(name for of, _, name in listed if of == section)}
+        for name in holder if isinstance(holder, dict) else ():
+            if name not in known:
+                key = f"{section}.{name}" if section else name
+                cure = nearest(name, list(known))
+                raise ConfigError(f"{file}: {key_in_words(key)}: unknown key; {cure}", file=file, key=key)
 
 
 def _refuse(data: dict[str, Any], file: str) -> None:
     for key, reason in REFUSED.items():
         found, value = _look_up(data, key)
-        if found and value not in (None, False, {}, 1.0) and not _switched_off(value):
+        idle = value is None or value is False or value == {} or (key in _IDLE and value == _IDLE[key])
+        if found and not idle and not _switched_off(value):
             raise ConfigError(f"{file}: {key}: refused, because {reason}", file=file, key=key, value=value)
 
 

@@ -272,6 +272,8 @@ class Engine:
             client_state={
                 "client": client,
                 "registered": {name: thing.state_dict() for name, thing in self._registered.items()},
+                "optimizer": train_state.plain_optimizer_state(self.module, self.optimizer),
+                "lr_scheduler": train_state.schedule_state(self.lr_scheduler, self.optimizer),
             },
             state=self._plain_state(),
             step=self.global_steps,
@@ -315,18 +317,19 @@ class Engine:
                 log.info("checkpoint folder %s: empty; training starts fresh", folder)
             return None, {}
         optimizer = self.optimizer if load_optimizer_states and not load_module_only else None
-        self._sharded.reshard()
+        client, random_states = reader.read_client_state(saved), reader.read_rank_state(saved)
+        self.zero_grad()
         reader.load_tensors(
-            saved, train_state.tensors_to_load(saved.path, self.module, optimizer, strict=load_module_strict)
+            saved, lambda: train_state.tensors_to_load(saved.path, self.module, optimizer, strict=load_module_strict)
         )
-        client = reader.read_client_state(saved)
+        if optimizer is not None:
+            train_state.load_plain_optimizer_state(self.module, optimizer, client["optimizer"])
         if not load_module_only:
-            self._take_up(saved, load_optimizer_states, load_lr_scheduler_states)
-            for name, thing in self._registered.items():
-                if name in client["registered"]:
-                    thing.load_state_dict(client["registered"][name])
-            self._client_state = client["client"]
-            self._saved_step = self.global_steps
+            if load_lr_scheduler_states and self.lr_scheduler is not None and client["lr_scheduler"] is not None:
+                train_state.load_schedule_state(self.lr_scheduler, self.optimizer, client["lr_scheduler"])
+            self._take_up(saved.state, client, load_optimizer_states)
+            if random_states is not None:
+                train_state.restore_random_states(random_states)
         self._record("resumed", step=self.global_steps, tag=saved.tag)
         return str(saved.path), client["client"]
 
@@ -374,12 +377,10 @@ class Engine:
             "zero_stage": self._config.zero_optimization.stage,
             "train_batch_size": self._sizes.train,
             "loss_scale": self._loss_scale.state_dict(),
-            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
             "data": None if self.training_dataloader is None else self.training_dataloader.state_dict(),
         }
 
-    def _take_up(self, saved: Any, optimizer_states: bool, lr_scheduler_states: bool) -> None:
-        plain = saved.state
+    def _take_up(self, plain: dict[str, Any], client: dict[str, Any], optimizer_states: bool) -> None:
         self.global_steps = plain["global_steps"]
         self.global_samples = plain["global_samples"]
         self.skipped_steps = plain["skipped_steps"]
@@ -387,13 +388,13 @@ class Engine:
         self.micro_steps = self.global_steps * self._sizes.accumulation
         if optimizer_states:
             self._loss_scale.load_state_dict(plain["loss_scale"])
-        if lr_scheduler_states and self.lr_scheduler is not None and plain["lr_scheduler"] is not None:
-            self.lr_scheduler.load_state_dict(plain["lr_scheduler"])
         if self.training_dataloader is not None and plain["data"] is not None:
             self.training_dataloader.load_state_dict(plain["data"])
-        random_states = reader.read_rank_state(saved)
-        if random_states is not None:
-            train_state.restore_random_states(random_states)
+        for name, thing in self._registered.items():
+            if name in client["registered"]:
+                thing.load_state_dict(client["registered"][name])
+        self._client_state = client["client"]
+        self._saved_step = self.global_steps
 
     def _minutes_are_over(self) -> bool:
         minutes = self._run.every_minutes if self._run is not None else None

@@ -1,7 +1,8 @@
 """What of a training run must be saved, as tensors by name and plain data, and how it comes back.
 
-Optimizer hyperparameters are not saved: they come from the config, so a changed learning rate or weight decay takes
-effect on resume. Names are those of ``module.named_parameters()``, so any stage and world size reads the same files.
+Optimizer hyperparameters come from the config, so a changed learning rate or weight decay takes effect on resume; only
+what a schedule of torch's has moved comes back, because it computes each rate from the one before. Names are those of
+``module.named_parameters()``, so any stage and world size reads the same files.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hpc_ds.checkpoint.metadata import tensors_in
+from hpc_ds.engine.schedules import Schedule
 from hpc_ds.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
+_MOVED_BY_SCHEDULES = ("lr", "momentum", "betas")
 
 
 def tensors_to_save(
@@ -66,6 +69,45 @@ def tensors_to_load(
     if optimizer is not None:
         tensors |= _optimizer_tensors(stored, module, optimizer)
     return tensors
+
+
+def plain_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Any]]:
+    """What an optimizer keeps beside tensors, as a step count that is a number: parameter -> key -> value."""
+    if optimizer is None:
+        return {}
+    found = {
+        name: {key: value for key, value in optimizer.state[parameter].items() if not isinstance(value, torch.Tensor)}
+        for name, parameter in module.named_parameters()
+        if parameter in optimizer.state
+    }
+    return {name: plain for name, plain in found.items() if plain}
+
+
+def load_plain_optimizer_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer, states: dict[str, dict[str, Any]]
+) -> None:
+    """Take up ``plain_optimizer_state``."""
+    parameters = dict(module.named_parameters())
+    for name, plain in states.items():
+        if name in parameters:
+            optimizer.state[parameters[name]].update(plain)
+
+
+def schedule_state(lr_scheduler: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any] | None:
+    """The state of a schedule, and what it has made of the optimizer's groups."""
+    if lr_scheduler is None:
+        return None
+    groups = [] if optimizer is None else optimizer.param_groups
+    moved = [{key: group[key] for key in _MOVED_BY_SCHEDULES if key in group} for group in groups]
+    return {"schedule": lr_scheduler.state_dict(), "moved": moved}
+
+
+def load_schedule_state(lr_scheduler: Any, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
+    """Take up ``schedule_state``; ours know their rates by the index alone."""
+    lr_scheduler.load_state_dict(state["schedule"])
+    if optimizer is not None and not isinstance(lr_scheduler, Schedule):
+        for group, moved in zip(optimizer.param_groups, state["moved"], strict=False):
+            group.update(moved)
 
 
 def random_states() -> dict[str, Any]:
@@ -119,7 +161,10 @@ def _optimizer_tensors(
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name, state = names[parameter], optimizer.state[parameter]
-            for key in keys_of.get(name, ()):
+            keys = keys_of.get(name, [])
+            for key in set(state) - set(keys):
+                del state[key]  # of steps that the checkpoint has not seen
+            for key in keys:
                 full_name = f"{_OPTIMIZER}{name}.{key}"
                 state[key] = tensors[full_name] = _like(stored[full_name], parameter, state.get(key), group)
     return tensors

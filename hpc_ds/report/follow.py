@@ -74,4 +74,6 @@ def _event_line(event: dict[str, Any]) -> str:
         return f"resumed at step {step}"
     if kind == "stopped":
         return f"told to stop by {event.get('told_by')}: step {step} is safe"
+    if kind == "joined":
+        return f"{event.get('world_size')} ranks have met"
     return f"{kind} at step {step}"

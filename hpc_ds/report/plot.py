@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ def curve(
 
     Each column is the mean of the points that fall into it.
     """
+    points = [(x, y) for x, y in points if math.isfinite(y)]  # a diverged run has others
     if not points:
         return []
     first, last = points[0][0], points[-1][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def status_of(run: RunDir) -> Status:
         state=state,
         reason=reason,
         step=steps[-1]["step"] if steps else None,
-        loss=steps[-1]["loss"] if steps else None,
+        loss=steps[-1]["loss"] if steps and math.isfinite(steps[-1]["loss"]) else None,
         saved_step=saves[-1] if saves else None,
         steps_lost=steps_lost(events),
         attempts=attempts,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.report.plot import curve
-from hpc_ds.report.status import Status, status_of
+from hpc_ds.report.status import OVER, Status, status_of
 from hpc_ds.run_dir import read_lines
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ def summary(run: RunDir) -> Summary:
     if by_step:
         first, last = by_step[min(by_step)], by_step[max(by_step)]
         totals = f"{max(by_step)} steps, {status.steps_lost} lost, loss {first:.3f} -> {last:.3f}"
-    rows = [_row(attempt) for attempt in status.attempts]
+    rows = [_row(attempt, "lost" if status.state in OVER else "running") for attempt in status.attempts]
     return Summary(status, rows, totals, curve(sorted(by_step.items()), restarts))
 
 
-def _row(attempt: Attempt) -> tuple[str, str, str, str, str]:
+def _row(attempt: Attempt, open_means: str) -> tuple[str, str, str, str, str]:
     seconds = f"{attempt.closed - attempt.opened:.1f}" if attempt.closed else ""
     steps = f"{attempt.first_step}-{attempt.last_step}" if attempt.first_step is not None else "none"
-    return str(attempt.number), seconds, steps, attempt.cause or "running", attempt.detail
+    return str(attempt.number), seconds, steps, attempt.cause or open_means, attempt.detail

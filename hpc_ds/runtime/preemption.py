@@ -72,13 +72,20 @@ def listen() -> None:
 
     Outside of one nobody would start the script again, so its signals keep their meaning.
     """
-    run_dir = os.environ.get("HPCDS_RUN_DIR")
-    if run_dir is None or _request.listening or threading.current_thread() is not threading.main_thread():
+    if _request.listening or threading.current_thread() is not threading.main_thread():
         return
+    for number in _signals():
+        signal.signal(number, _request.hear)
+        _request.listening = True
+
+
+def _signals() -> set[signal.Signals]:
+    """What the scheduler tells the ranks of this run with; nothing outside of a run."""
+    run_dir = os.environ.get("HPCDS_RUN_DIR")
+    if run_dir is None:
+        return set()
     restart = read_object(RunDir(Path(run_dir)).config).get("restart", {})
-    for name in {"TERM", str(restart.get("signal", "USR2"))}:
-        signal.signal(signal.Signals[f"SIG{name}"], _request.hear)
-    _request.listening = True
+    return {signal.SIGTERM, signal.Signals[f"SIG{restart.get('signal', 'USR2')}"]}
 
 
 def told_to_stop() -> bool:
@@ -94,5 +101,5 @@ def told_by() -> str:
 
 def ignore_in_worker(_worker: int) -> None:
     """``worker_init_fn`` of data loaders: Slurm signals them too, and the rank ends them itself."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    for number in _signals():
+        signal.signal(number, signal.SIG_IGN)

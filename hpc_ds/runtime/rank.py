@@ -105,7 +105,7 @@ def _read(table: _Table, environ: Mapping[str, str]) -> Rank:
 
 def _number(name: str, environ: Mapping[str, str]) -> int:
     text = environ[name].strip()
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
         seen = _seen(environ)
         raise RankError(f"{name} {text!r}: not a whole number; seen: {_listed(seen)}", seen)
     return int(text)
@@ -116,6 +116,13 @@ def _refuse_contradiction(found: Rank, environ: Mapping[str, str]) -> None:
     if not in_slurm_step(environ) or "TORCHELASTIC_RUN_ID" in environ:
         return
     step = _read(_SLURM, environ)
+    if found.world_size == 1 < step.world_size:
+        seen = _seen(environ)
+        raise RankError(
+            f"WORLD_SIZE 1: srun started {step.world_size} tasks, which would each be a world of its own; unset RANK, "
+            "WORLD_SIZE and LOCAL_RANK before srun",
+            seen,
+        )
     if step.world_size == found.world_size > 1 and step.rank != found.rank:
         seen = _seen(environ)
         raise RankError(f"RANK {found.rank}: contradicts SLURM_PROCID {step.rank}; unset RANK before srun", seen)

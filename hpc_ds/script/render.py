@@ -67,6 +67,11 @@ def environment_file(job: JobConfig, site: SiteConfig, environ: dict[str, str]) 
     if missing:
         raise ConfigError(f"env_from {missing[0]!r}: not set in this shell; set it or leave it out", key="env_from")
     variables = {**site.env, **{name: environ[name] for name in job.env_from}, **job.env}
+    for name, value in variables.items():
+        if not value.isascii() and value.encode(errors="ignore").decode() != value:
+            raise ConfigError(
+                f"env {name}: its value is not UTF-8 text; set it in the script instead", key=f"env.{name}"
+            )
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
 
 
@@ -99,6 +104,7 @@ def _sbatch_options(job: JobConfig, site: SiteConfig, run: RunDir) -> dict[str, 
         "open-mode": "append",
         "requeue": None,
         "signal": f"{job.restart.signal}@{lead_s(job)}",
+        **site.sbatch,
     }
     if resources.gpus_per_node:
         gres = site.gpu_request == "gres"
@@ -108,7 +114,6 @@ def _sbatch_options(job: JobConfig, site: SiteConfig, run: RunDir) -> dict[str, 
             options[key.replace("_", "-")] = getattr(resources, key)
     if resources.exclude:
         options["exclude"] = ",".join(resources.exclude)
-    options |= site.sbatch
     for name, value in resources.sbatch.items():
         if value is False:
             options.pop(name, None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_ds.cluster.connect import scheduler_named
 from hpc_ds.cluster.shell import run as run_program
 from hpc_ds.config.load import resolved
-from hpc_ds.errors import CommandError, HpcdsError, RunError
+from hpc_ds.errors import CommandError, RunError
 from hpc_ds.run_dir import RunDir, read_object, write_atomic, write_json
 from hpc_ds.script.render import environment_file, render
 
@@ -47,12 +47,11 @@ def submit(job: JobConfig, site: SiteConfig, runs: Path) -> tuple[RunDir, str]:
         write_json(run.provenance, _provenance(job))
         write_json(run.config, resolved(job))
         job_id = queue(run, site)
-    except (HpcdsError, OSError) as error:
+    except BaseException as error:
         shutil.rmtree(run.root, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise RunError(
-                f"run folder {str(run.root)!r}: cannot be written: {error.strerror}; choose another"
-            ) from None
+        if isinstance(error, (OSError, UnicodeError)):
+            words = error.strerror if isinstance(error, OSError) else "its path is not UTF-8 text"
+            raise RunError(f"run folder {str(run.root)!r}: cannot be written: {words}; choose another") from None
         raise
     run.remember()
     return run, job_id
@@ -72,7 +71,7 @@ def _provenance(job: JobConfig) -> dict[str, Any]:
     from hpc_ds.version import __version__
 
     return {
-        "user": getpass.getuser(),
+        "user": _user(),
         "host": platform.node(),
         "submitted": time.time(),
         "workdir": job.workdir,
@@ -81,6 +80,13 @@ def _provenance(job: JobConfig) -> dict[str, Any]:
         "python": sys.executable,
         "environment": sorted({*job.env, *job.env_from}),
     }
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container that knows only numbers
+        return str(os.getuid())
 
 
 def _git_commit(folder: str) -> str | None:

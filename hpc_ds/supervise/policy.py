@@ -82,6 +82,8 @@ def _schedulers_word(ended: Ended, job: JobState) -> str | None:
     if ended.requeued:
         # Without grace time a preemption, a lost node and an administrator's requeue look alike but for these words.
         return _BY_WORDS.get(ended.due_to or "", "requeued")
+    if job.state == "NODE_FAIL":
+        return "node_failure"
     if job.state == "TIMEOUT" or job.reason == "TimeLimit":
         return "walltime"
     if job.state not in {"RUNNING", "CONFIGURING"}:
@@ -90,7 +92,9 @@ def _schedulers_word(ended: Ended, job: JobState) -> str | None:
     return "walltime" if near_limit and ended.exit_code == CHECKPOINTED else None
 
 
-def action_after(cause: str, last_step: int | None, before: Sequence[Attempt], limits: Restart) -> tuple[str, str]:
+def action_after(
+    cause: str, last_step: int | None, before: Sequence[Attempt], limits: Restart, *, joined: bool = True
+) -> tuple[str, str]:
     """What follows, and why in words: finish, requeue, hold or leave.
 
     Args:
@@ -98,7 +102,9 @@ def action_after(cause: str, last_step: int | None, before: Sequence[Attempt], l
         last_step: of this attempt; None where it took no step.
         before: the earlier attempts.
         limits: how often the run may start again.
+        joined: the run's program tells us of its steps, so one that takes none makes no progress.
     """
+    before = _since_a_person_resumed(before)
     if cause == "finished":
         return "finish", "all ranks finished"
     if cause == "cancelled":
@@ -106,11 +112,20 @@ def action_after(cause: str, last_step: int | None, before: Sequence[Attempt], l
     restarts = sum(attempt.cause not in {"finished", "cancelled"} for attempt in before)
     if limits.max_restarts is not None and restarts >= limits.max_restarts:
         return "hold", f"held: it was started again {restarts} times, and restart.max_restarts is {limits.max_restarts}"
-    if cause in _ASKED and _stops_in_vain(last_step, before):
-        return "hold", f"held: it was started {_VAIN_STOPS} times in a row without taking a step; is its time limit too short?"
+    if joined and cause in _ASKED and _stops_in_vain(last_step, before):
+        return (
+            "hold",
+            f"held: it was started {_VAIN_STOPS} times in a row without taking a step; is its time limit too short?",
+        )
     if cause == "crashed":
         return _after_crash(last_step, [attempt for attempt in before if attempt.cause == "crashed"], limits)
     return "requeue", f"{cause}: queued again"
+
+
+def _since_a_person_resumed(before: Sequence[Attempt]) -> Sequence[Attempt]:
+    """The attempts that count: a person who resumes a held or cancelled run has given it a new chance."""
+    stops = [place for place, attempt in enumerate(before) if attempt.action == "hold" or attempt.cause == "cancelled"]
+    return before[stops[-1] + 1 :] if stops else before
 
 
 def _stops_in_vain(last_step: int | None, before: Sequence[Attempt]) -> bool:

@@ -90,8 +90,11 @@ class Supervisor:
         cause, steps = cause_of(ended), steps_of(self._run, attempt.number)
         if ended.requeued and cause != "finished":
             action, why = "leave", f"{cause}: the scheduler starts it again"
+        elif told is not None and not told.active and cause != "finished":
+            action, why = "leave", f"{cause}: the scheduler has given the job up; `hpcds resume` continues the run"
         else:
-            action, why = action_after(cause, steps["last_step"], read_ledger(self._run)[:-1], self._job.restart)
+            before = read_ledger(self._run)[:-1]
+            action, why = action_after(cause, steps["last_step"], before, self._job.restart, joined=self._joined())
         failure = runner.failure if cause == "crashed" else None
         detail = f"{why} ({_first(failure)})" if failure is not None else why
         close_attempt(
@@ -107,6 +110,10 @@ class Supervisor:
         _say(f"attempt {attempt.number} ended: {cause}, exit code {exit_code}; {detail}")
         self._act(action, restarts)
         return 0 if cause == "finished" else exit_code
+
+    def _joined(self) -> bool:
+        """Whether the run's program uses our engine or process group, so that its steps can be counted."""
+        return self._run.events.exists()
 
     def _runner(self, number: int) -> Runner:
         job, logs = self._job, self._run.attempt_logs(number)
@@ -130,6 +137,7 @@ class Supervisor:
 
     def _run_ranks(self, runner: Runner) -> int:
         try:
+            os.chdir(self._job.workdir or ".")  # ranks start there; this process started where no module is shadowed
             runner.start()
         except OSError as error:
             words = f"{error.strerror}: {error.filename}"
@@ -139,6 +147,8 @@ class Supervisor:
             woken = signal.sigtimedwait(_WAKE, _LOOK_EVERY_S)
             if woken is not None and woken.si_signo in {signal.SIGTERM, signal.SIGINT}:
                 self._hear_the_end()
+                if self._told is not None and not self._told.active:
+                    runner.terminate()  # nobody else will: the scheduler has no such job any more
             if time.monotonic() - self._deadline_at > _DEADLINE_EVERY_S:
                 self._write_deadline(self._ask(patience_s=0))
         return exit_code

@@ -83,7 +83,10 @@ WRONG: dict[str, tuple[dict[str, str], str]] = {
     "a step without a size": (without(STEP, "SLURM_STEP_NUM_TASKS"), "SLURM_STEP_NUM_TASKS: not set, while "),
     "a step without local ids": (without(STEP, "SLURM_LOCALID"), "SLURM_LOCALID: not set, while "),
     "Open MPI without a size": (without(OPENMPI, "OMPI_COMM_WORLD_SIZE"), "OMPI_COMM_WORLD_SIZE: not set, while "),
-    "Open MPI without a local rank": (without(OPENMPI, "OMPI_COMM_WORLD_LOCAL_RANK"), "OMPI_COMM_WORLD_LOCAL_RANK: not"),
+    "Open MPI without a local rank": (
+        without(OPENMPI, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        "OMPI_COMM_WORLD_LOCAL_RANK: not",
+    ),
     "PMI without a size": (without(MPICH, "PMI_SIZE"), "PMI_SIZE: not set, while PMI_RANK='2'"),
     "PMI without a rank": (without(MPICH, "PMI_RANK"), "PMI_RANK: not set, while PMI_SIZE='4'"),
     "RANK=abc": ({**TORCHRUN, "RANK": "abc"}, "RANK 'abc': not a whole number; seen: RANK='abc', "),
@@ -103,11 +106,6 @@ WRONG: dict[str, tuple[dict[str, str], str]] = {
     "RANK exported before srun": (
         {**STEP, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"},
         "RANK 0: contradicts SLURM_PROCID 3; unset RANK before srun",
-    ),
-    # Each of the four tasks would train alone, and all would write the same files.
-    "a world of one exported before srun": (
-        {**STEP, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
-        "",
     ),
     "a rank longer than any number": ({**TORCHRUN, "RANK": "9" * 5000}, "RANK "),
 }
@@ -153,7 +151,9 @@ def test_a_step_is_what_srun_started(environ: dict[str, str], inside: bool) -> N
 NAMES = sorted({*TORCHRUN, *STEP, *OPENMPI, *INTEL})
 
 
-@given(st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["0", "1", "2", "4", "", "x", "-1"]) | st.text(max_size=3)))
+@given(
+    st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["0", "1", "2", "4", "", "x", "-1"]) | st.text(max_size=3))
+)
 def test_any_environment_gives_a_rank_none_or_an_error_of_ours(environ: dict[str, str]) -> None:
     try:
         found = rank_from_environment(environ)

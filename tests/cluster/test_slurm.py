@@ -1,0 +1,112 @@
+"""Slurm through a shell that only records: which commands are run, and what is made of every kind of answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from fakes import FakeShell, refusal
+
+from hpc_ds.cluster.scheduler import JobState
+from hpc_ds.cluster.slurm import Slurm
+from hpc_ds.errors import CommandError, ParseError, SchedulerError, SubmitError
+from hpc_ds.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from fakes import Answer
+
+RUN = RunDir(Path("/runs/a b"))
+MISSING = CommandError(["sbatch"], None, "", "sbatch: no such program on PATH; is this a machine of the cluster?")
+SLOW = CommandError(["sbatch"], None, "", "sbatch: no answer in 60 s; is the scheduler up?")
+
+
+def test_the_script_of_a_run_is_submitted() -> None:
+    shell = FakeShell({"sbatch": "4711;cluster\n"})
+    assert Slurm(shell).submit(RUN) == "4711"
+    assert shell.commands == [["sbatch", "--parsable", "/runs/a b/script.sbatch"]]
+
+
+REFUSALS: dict[str, tuple[Answer, str]] = {
+    "one line": (
+        refusal("sbatch: error: Batch job submission failed: Invalid account\n"),
+        "sbatch: refused the job: Batch job submission failed: Invalid account; change the job or ask with --set",
+    ),
+    "several lines": (
+        refusal("sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: No\n"),
+        "sbatch: refused the job: invalid partition specified: x Batch job submission failed: No; change the job or ask with --set",
+    ),
+    "nothing": (refusal("", 255), "sbatch: refused the job: it said nothing; change the job or ask with --set"),
+    "no program": (MISSING, "sbatch: no such program on PATH; is this a machine of the cluster?"),
+    "no answer": (SLOW, "sbatch: no answer in 60 s; is the scheduler up?"),
+}
+
+
+@pytest.mark.parametrize(("answer", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_a_refused_job_is_an_error_with_slurms_words(answer: Answer, message: str) -> None:
+    with pytest.raises(SubmitError) as caught:
+        Slurm(FakeShell({"sbatch": answer})).submit(RUN)
+    assert str(caught.value) == message
+    assert caught.value.exit_code == 3
+    assert isinstance(caught.value.__cause__, CommandError)
+
+
+@pytest.mark.parametrize("answer", ["", "welcome\n", "Submitted batch job 3\n"])
+def test_an_answer_without_a_job_id_is_an_error(answer: str) -> None:
+    with pytest.raises(ParseError, match="no job id in it"):
+        Slurm(FakeShell({"sbatch": answer})).submit(RUN)
+
+
+def test_a_job_is_shown() -> None:
+    shell = FakeShell({"scontrol show job": "JobId=25 JobName=a JobState=RUNNING Restarts=1 NodeList=n1\n"})
+    assert Slurm(shell).show("25") == JobState("RUNNING", restarts=1, nodes="n1")
+    assert shell.commands == [["scontrol", "show", "job", "-o", "25"]]
+
+
+def test_a_job_that_slurm_has_forgotten_is_none() -> None:
+    shell = FakeShell({"scontrol": refusal("slurm_load_jobs error: Invalid job id specified\n")})
+    assert Slurm(shell).show("25") is None
+
+
+TROUBLES: dict[str, Answer] = {
+    "down": refusal("slurm_load_jobs error: Unable to contact slurm controller (connect failure)"),
+    "missing": CommandError(["scontrol"], None, "", "scontrol: no such program on PATH"),
+    "junk": "welcome to the cluster\n",
+    "nothing": "",
+    "blank": "\n\n",
+}
+
+
+@pytest.mark.parametrize("answer", TROUBLES.values(), ids=TROUBLES)
+def test_a_slurm_in_trouble_is_an_error_and_no_state(answer: Answer) -> None:
+    with pytest.raises(SchedulerError):
+        Slurm(FakeShell({"scontrol": answer})).show("25")
+
+
+def test_words_of_a_slurm_that_is_down_are_shown() -> None:
+    shell = FakeShell({"scontrol": TROUBLES["down"]})
+    with pytest.raises(CommandError, match=r"exit status 1: .*Unable to contact slurm controller"):
+        Slurm(shell).show("25")
+
+
+VERBS = {
+    "cancel": ["scancel", "25"],
+    "preempt": ["scancel", "--signal=TERM", "25"],
+    "requeue": ["scontrol", "requeue", "25"],
+    "hold": ["scontrol", "requeuehold", "State=SpecialExit", "25"],
+    "release": ["scontrol", "release", "25"],
+}
+
+
+@pytest.mark.parametrize(("verb", "command"), VERBS.items())
+def test_every_verb_is_one_command(verb: str, command: list[str]) -> None:
+    shell = FakeShell({"sc": ""})
+    getattr(Slurm(shell), verb)("25")
+    assert shell.commands == [command]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_that_slurm_refuses_is_an_error_with_its_words(verb: str) -> None:
+    shell = FakeShell({"sc": refusal("Job/step already completing or completed for job 25")})
+    with pytest.raises(SchedulerError, match="already completing or completed"):
+        getattr(Slurm(shell), verb)("25")

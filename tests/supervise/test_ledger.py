@@ -1,0 +1,112 @@
+"""The ledger: one line when an attempt opens, one when it closes, and nothing is forgotten when neither can be written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hpc_ds.run_dir import RunDir, append_line, read_lines
+from hpc_ds.supervise.ledger import Attempt, close_attempt, open_attempt, read_ledger, steps_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path)
+
+
+def event(run: RunDir, kind: str, attempt: int, step: int, **fields: Any) -> None:
+    append_line(run.events, {"event": kind, "attempt": attempt, "step": step, **fields})
+
+
+def test_a_run_without_a_ledger_has_no_attempts(run: RunDir) -> None:
+    assert read_ledger(run) == []
+
+
+def test_an_attempt_is_opened_and_closed(run: RunDir) -> None:
+    opened = open_attempt(run, "25", "n1", "n[1-2]")
+    assert (opened.number, opened.job_id, opened.host, opened.nodes) == (1, "25", "n1", "n[1-2]")
+    assert read_ledger(run) == [opened]
+    close_attempt(
+        run, 1, cause="walltime", action="requeue", exit_code=75, detail="walltime: queued again", last_step=9
+    )
+    (closed,) = read_ledger(run)
+    assert (closed.cause, closed.action, closed.exit_code, closed.last_step) == ("walltime", "requeue", 75, 9)
+    assert closed.opened == opened.opened
+    assert closed.closed is not None
+    assert closed.closed >= closed.opened
+    assert [line["event"] for line in read_lines(run.ledger)] == ["opened", "closed"]
+
+
+def test_attempts_are_counted_from_one(run: RunDir) -> None:
+    for number in (1, 2, 3):
+        assert open_attempt(run, "25", "n1", "").number == number
+        close_attempt(run, number, cause="preempted")
+    assert [attempt.number for attempt in read_ledger(run)] == [1, 2, 3]
+
+
+def test_an_attempt_that_was_never_closed_is_closed_as_lost_by_the_next(run: RunDir) -> None:
+    open_attempt(run, "25", "n1", "n1")
+    for step in (1, 2, 3):
+        event(run, "step", 1, step)
+    event(run, "saved", 1, 2)
+    assert open_attempt(run, "26", "n2", "n2").number == 2
+    lost, new = read_ledger(run)
+    assert (lost.cause, lost.action, lost.detail) == (
+        "lost",
+        "leave",
+        "the supervisor was killed before it could say why",
+    )
+    assert (lost.first_step, lost.last_step, lost.saved_step) == (1, 3, 2)
+    assert (lost.job_id, lost.host) == ("25", "n1")
+    assert (new.cause, new.job_id) == (None, "26")
+
+
+def test_an_attempt_that_was_closed_stays_as_it_is(run: RunDir) -> None:
+    open_attempt(run, "25", "n1", "n1")
+    close_attempt(run, 1, cause="crashed", action="hold", detail="why")
+    open_attempt(run, "25", "n1", "n1")
+    assert [(attempt.cause, attempt.detail) for attempt in read_ledger(run)] == [("crashed", "why"), (None, "")]
+
+
+def test_a_closing_line_torn_by_a_crash_counts_as_lost(run: RunDir) -> None:
+    open_attempt(run, "25", "n1", "n1")
+    with run.ledger.open("ab") as file:
+        file.write(b'{"event": "closed", "number": 1, "cause": "wall')
+    assert read_ledger(run)[0].cause is None
+    assert open_attempt(run, "25", "n1", "n1").number == 2
+    assert [attempt.cause for attempt in read_ledger(run)] == ["lost", None]
+
+
+def test_lines_of_another_version_do_no_harm(run: RunDir) -> None:
+    append_line(run.ledger, {"event": "opened", "number": 2, "job_id": "25", "color": "red"})
+    append_line(run.ledger, {"event": "noted", "text": "no number"})
+    append_line(run.ledger, {"event": "opened", "number": "1"})
+    append_line(run.ledger, {"event": "opened", "number": 1})
+    assert read_ledger(run) == [Attempt(1), Attempt(2, job_id="25")]
+
+
+def test_the_steps_of_an_attempt(run: RunDir) -> None:
+    assert steps_of(run, 1) == {"first_step": None, "last_step": None, "saved_step": None}
+    for step in range(1, 6):
+        event(run, "step", 1, step)
+    event(run, "saved", 1, 4)
+    event(run, "resumed", 2, 4)
+    event(run, "step", 2, 5)
+    event(run, "step", 2, 6)
+    assert steps_of(run, 1) == {"first_step": 1, "last_step": 5, "saved_step": 4}
+    assert steps_of(run, 2) == {"first_step": 5, "last_step": 6, "saved_step": 4}
+    event(run, "saved", 2, 6)
+    assert steps_of(run, 1)["saved_step"] == 4
+    assert steps_of(run, 2)["saved_step"] == 6
+    assert steps_of(run, 3) == {"first_step": None, "last_step": None, "saved_step": 6}
+
+
+def test_an_event_torn_by_a_crash_does_no_harm(run: RunDir) -> None:
+    event(run, "step", 1, 1)
+    with run.events.open("ab") as file:
+        file.write(b'{"event": "step", "attempt": 1, "st')
+    assert steps_of(run, 1)["last_step"] == 1

@@ -1,0 +1,204 @@
+"""Every row of the two tables: why an attempt ended, and what follows from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hpc_ds.cluster.scheduler import JobState
+from hpc_ds.config.job import Restart
+from hpc_ds.supervise.ledger import Attempt
+from hpc_ds.supervise.policy import Ended, action_after, cause_of
+
+NOW = 1_000_000.0
+LEAD = 60
+FAR, NEAR = NOW + 3600, NOW + LEAD
+
+
+def ended(exit_code: int, job: JobState | None, **known: Any) -> Ended:
+    usual = {"restarts_before": 0, "terminated": False, "due_to": None, "lead_s": LEAD, "now": NOW}
+    return Ended(exit_code=exit_code, job=job, **{**usual, **known})
+
+
+RUNNING = JobState("RUNNING", end_time=FAR)
+AGAIN = JobState("COMPLETING", restarts=1)
+
+# What is known -> the cause.
+CAUSES: dict[str, tuple[Ended, str]] = {
+    "exit 0": (ended(0, RUNNING), "finished"),
+    "exit 0 though preempted meanwhile": (ended(0, JobState("RUNNING", preempting=True)), "finished"),
+    "exit 0 at the limit": (ended(0, JobState("COMPLETING", reason="TimeLimit"), terminated=True), "finished"),
+    "exit 0, no word": (ended(0, None, terminated=True), "finished"),
+    "saved in the grace of a preemption": (ended(75, JobState("RUNNING", preempting=True)), "preempted"),
+    "failed in the grace of a preemption": (ended(1, JobState("RUNNING", preempting=True)), "preempted"),
+    "killed after the grace": (ended(137, JobState("COMPLETING", preempting=True), terminated=True), "preempted"),
+    "preempted without grace": (ended(75, JobState("COMPLETING", restarts=1), terminated=True), "requeued"),
+    "requeued by an admin": (ended(143, JobState("COMPLETING", restarts=3), restarts_before=2), "requeued"),
+    "requeued and pending": (ended(143, JobState("PENDING", restarts=1)), "requeued"),
+    "preempted without grace, in srun's words": (ended(137, AGAIN, due_to="PREEMPTION"), "preempted"),
+    "a lost node, in srun's words": (ended(137, AGAIN, due_to="NODE FAILURE"), "node_failure"),
+    "words that say nothing of a cause": (ended(137, AGAIN, due_to="JOB REQUEUE"), "requeued"),
+    "words without a restart": (ended(137, RUNNING, due_to="NODE FAILURE"), "crashed"),
+    "a time limit, in srun's words": (
+        ended(143, JobState("COMPLETING", reason="TimeLimit"), due_to="TIME LIMIT", terminated=True),
+        "walltime",
+    ),
+    "restarts of before do not count": (ended(1, JobState("RUNNING", restarts=2), restarts_before=2), "crashed"),
+    "time limit, word of the reason": (ended(143, JobState("COMPLETING", reason="TimeLimit")), "walltime"),
+    "time limit, word of the state": (ended(143, JobState("TIMEOUT")), "walltime"),
+    "saved before the limit": (ended(75, JobState("RUNNING", end_time=NEAR)), "walltime"),
+    "saved a minute and a half early": (ended(75, JobState("RUNNING", end_time=NOW + LEAD + 89)), "walltime"),
+    "saved long before the limit": (ended(75, JobState("RUNNING", end_time=NOW + LEAD + 91)), "stopped"),
+    "saved without a limit": (ended(75, JobState("RUNNING")), "stopped"),
+    "saved, no word": (ended(75, None), "stopped"),
+    "saved, no word, told to end": (ended(75, None, terminated=True), "stopped"),
+    "crashed near the limit": (ended(1, JobState("RUNNING", end_time=NEAR)), "crashed"),
+    "scancel": (ended(143, JobState("COMPLETING", end_time=NOW), terminated=True), "cancelled"),
+    "scancel, saved in time": (ended(75, JobState("COMPLETING", end_time=NOW), terminated=True), "cancelled"),
+    "scancel, over": (ended(143, JobState("CANCELLED")), "cancelled"),
+    "told to end, no word": (ended(143, None, terminated=True), "cancelled"),
+    "node failure": (ended(137, JobState("NODE_FAIL"), terminated=True), "node_failure"),
+    "exit 1": (ended(1, RUNNING), "crashed"),
+    "killed": (ended(137, RUNNING), "crashed"),
+    "exit 1, no word": (ended(1, None), "crashed"),
+    "exit 1, no word of its end": (ended(1, JobState("RUNNING")), "crashed"),
+    "still being configured": (ended(1, JobState("CONFIGURING", end_time=FAR)), "crashed"),
+}
+
+
+@pytest.mark.parametrize(("known", "cause"), CAUSES.values(), ids=CAUSES)
+def test_why_an_attempt_ended(known: Ended, cause: str) -> None:
+    assert cause_of(known) == cause
+
+
+def crash(last_step: int | None, number: int = 1) -> Attempt:
+    return Attempt(number, cause="crashed", action="requeue", last_step=last_step)
+
+
+def past(cause: str, action: str = "requeue") -> Attempt:
+    return Attempt(1, cause=cause, action=action, last_step=5)
+
+
+def vain() -> Attempt:
+    return Attempt(1, cause="stopped", action="requeue")
+
+
+PLAIN = Restart()
+
+# Cause, last step, what came before, limits -> what follows, and words of it.
+ACTIONS: dict[str, tuple[str, int | None, list[Attempt], Restart, str, str]] = {
+    "finished": ("finished", 10, [], PLAIN, "finish", "all ranks finished"),
+    "finished after many crashes": ("finished", 10, [crash(step) for step in range(9)], PLAIN, "finish", "finished"),
+    "cancelled": ("cancelled", 10, [], PLAIN, "leave", "cancelled: nothing is requeued"),
+    "preempted": ("preempted", 10, [], PLAIN, "requeue", "preempted: queued again"),
+    "preempted before a step": ("preempted", None, [], PLAIN, "requeue", "preempted: queued again"),
+    "walltime": ("walltime", 10, [], PLAIN, "requeue", "walltime: queued again"),
+    "stopped": ("stopped", 10, [], PLAIN, "requeue", "stopped: queued again"),
+    "preempted a hundred times": ("preempted", 10, [past("preempted")] * 100, PLAIN, "requeue", "queued again"),
+    "preempted after crashes": ("preempted", 10, [crash(step) for step in range(9)], PLAIN, "requeue", "queued again"),
+    "restarts used up": (
+        "walltime",
+        10,
+        [past("preempted"), past("requeued", "leave"), past("lost", "leave")],
+        Restart(max_restarts=3),
+        "hold",
+        "held: it was started again 3 times, and restart.max_restarts is 3",
+    ),
+    "one restart left": ("walltime", 10, [past("preempted")], Restart(max_restarts=2), "requeue", "queued again"),
+    "stopped again and again": ("stopped", 10, [past("stopped")] * 9, PLAIN, "requeue", "stopped: queued again"),
+    "stopped twice without a step": ("stopped", None, [vain()], PLAIN, "requeue", "stopped: queued again"),
+    "stopped three times without a step": (
+        "stopped",
+        None,
+        [vain(), vain()],
+        PLAIN,
+        "hold",
+        "held: it was started 3 times in a row without taking a step",
+    ),
+    "stopped without a step, but not each time": (
+        "stopped",
+        None,
+        [vain(), past("stopped"), vain()],
+        PLAIN,
+        "requeue",
+        "queued again",
+    ),
+    "stopped without a step, and preempted between": (
+        "stopped",
+        None,
+        [vain(), Attempt(1, cause="preempted", action="requeue"), vain()],
+        PLAIN,
+        "requeue",
+        "queued again",
+    ),
+    "a time limit reached three times without a step": (
+        "walltime",
+        None,
+        [vain(), Attempt(1, cause="walltime", action="requeue")],
+        PLAIN,
+        "hold",
+        "held: it was started 3 times in a row without taking a step",
+    ),
+    "a time limit reached after steps": ("walltime", 3, [vain(), vain()], PLAIN, "requeue", "queued again"),
+    "preempted without a step": ("preempted", None, [vain(), vain()], PLAIN, "requeue", "queued again"),
+    "no restart allowed": ("preempted", 10, [], Restart(max_restarts=0), "hold", "started again 0 times"),
+    "only what was started again counts": (
+        "walltime",
+        10,
+        [past("cancelled", "leave"), past("crashed", "hold")],
+        Restart(max_restarts=2),
+        "requeue",
+        "queued again",
+    ),
+    "crashed before a step": ("crashed", None, [], PLAIN, "hold", "held: it crashed before its first step"),
+    "crashed after progress": ("crashed", 10, [], PLAIN, "requeue", "crashed after progress to step 10: queued again"),
+    "crashed at step 0": ("crashed", 0, [], PLAIN, "requeue", "progress to step 0"),
+    "crashed further on": ("crashed", 11, [crash(10)], PLAIN, "requeue", "progress to step 11"),
+    "crashed at the same step": (
+        "crashed",
+        10,
+        [crash(10)],
+        PLAIN,
+        "hold",
+        "held: it crashed at step 10, no further than the crash before (step 10)",
+    ),
+    "crashed earlier": (
+        "crashed",
+        9,
+        [crash(3), crash(10)],
+        PLAIN,
+        "hold",
+        "no further than the crash before (step 10)",
+    ),
+    "crashed again before a step": ("crashed", None, [crash(10)], PLAIN, "hold", "before its first step"),
+    "crashed after a crash before a step": ("crashed", 1, [crash(None)], PLAIN, "requeue", "progress to step 1"),
+    "the last crash allowed": ("crashed", 30, [crash(10), crash(20)], PLAIN, "requeue", "progress to step 30"),
+    "one crash too many": (
+        "crashed",
+        40,
+        [crash(10), crash(20), crash(30)],
+        PLAIN,
+        "hold",
+        "held: crash number 4, and restart.max_crashes is 3",
+    ),
+    "preemptions are no crashes": ("crashed", 40, [past("preempted")] * 50, PLAIN, "requeue", "progress to step 40"),
+    "no crash allowed": (
+        "crashed",
+        10,
+        [],
+        Restart(max_crashes=0),
+        "hold",
+        "crash number 1, and restart.max_crashes is 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("cause", "last_step", "before", "limits", "action", "words"), ACTIONS.values(), ids=ACTIONS)
+def test_what_follows(
+    cause: str, last_step: int | None, before: list[Attempt], limits: Restart, action: str, words: str
+) -> None:
+    found, why = action_after(cause, last_step, before, limits)
+    assert found == action
+    assert words in why
+    assert "\n" not in why

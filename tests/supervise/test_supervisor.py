@@ -1,0 +1,188 @@
+"""One attempt with real ranks and a scheduler that is a list of answers. Whole jobs: tests/cluster/test_local.py."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from fakes import FakeScheduler
+
+from hpc_ds.cluster.scheduler import JobState
+from hpc_ds.config.job import JobConfig
+from hpc_ds.config.load import load_site
+from hpc_ds.config.model import check
+from hpc_ds.errors import CommandError, RunError
+from hpc_ds.run_dir import RunDir, append_line, write_json
+from hpc_ds.supervise import supervisor
+from hpc_ds.supervise.ledger import read_ledger
+from hpc_ds.supervise.supervisor import Supervisor, supervise
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Python 3.12 warns of a fork where torch has threads. The child only sets signals before it becomes another program.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+
+RUNNING = JobState("RUNNING", nodes="vm")
+DOWN = CommandError(["scontrol"], 1, "Unable to contact slurm controller")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(supervisor, "_ASK_FOR_S", 0.0)
+    monkeypatch.setattr(Supervisor._ask, "__defaults__", (0.0,))
+    monkeypatch.setattr(supervisor, "_HELD_STILL_FOR_S", 0.0)
+    monkeypatch.setattr(supervisor, "_LOOKS", 1)
+    monkeypatch.setattr("time.sleep", lambda _seconds, sleep=supervisor.time.sleep: sleep(0.01))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    for folder in (run.root, run.logs, run.local):
+        folder.mkdir()
+    return run
+
+
+def attempt(run: RunDir, scheduler: FakeScheduler, program: str, **data: Any) -> int:
+    job: JobConfig = check(JobConfig, {"name": "a", "command": [sys.executable, "-c", program], **data}, "job.json")
+    return Supervisor(run, job, load_site("local"), "25", scheduler).attempt()
+
+
+def test_ranks_learn_their_run_and_nothing_of_another_launch(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "99")
+    say = "import os; print({name: os.environ.get(name) for name in (%r)})"
+    names = ("HPCDS_RUN_DIR", "HPCDS_ATTEMPT", "HPCDS_DEADLINE", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    assert attempt(run, FakeScheduler([RUNNING]), say % (names,)) == 0
+    expected = dict(zip(names, (str(run.root), "1", str(run.deadline), None, None, "0", "1"), strict=True))
+    assert (run.attempt_logs(1) / "rank-0.log").read_text() == f"{expected}\n"
+
+
+def test_a_variable_that_the_job_sets_itself_is_kept(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "29501")
+    attempt(run, FakeScheduler([RUNNING]), "import os; print(os.environ['MASTER_PORT'])", env={"MASTER_PORT": "29501"})
+    assert (run.attempt_logs(1) / "rank-0.log").read_text() == "29501\n"
+
+
+def test_the_deadline_is_the_end_of_the_job_less_the_lead(run: RunDir) -> None:
+    limited = JobState("RUNNING", end_time=4_000_000_000.0)
+    attempt(run, FakeScheduler([limited]), "", restart={"lead": 100})
+    assert float(run.deadline.read_text()) == 3_999_999_900.0
+    attempt(run, FakeScheduler([RUNNING]), "")
+    assert not run.deadline.exists()
+
+
+def test_a_run_that_finished_asks_for_nothing(run: RunDir) -> None:
+    scheduler = FakeScheduler([RUNNING])
+    assert attempt(run, scheduler, "") == 0
+    assert scheduler.requests == []
+    (closed,) = read_ledger(run)
+    assert (closed.cause, closed.action, closed.exit_code, closed.nodes) == ("finished", "finish", 0, "vm")
+
+
+def test_a_run_that_saved_is_queued_again_and_says_when_that_was_seen(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheduler = FakeScheduler([RUNNING, RUNNING, JobState("COMPLETING", restarts=1)])
+    assert attempt(run, scheduler, "raise SystemExit(75)") == 75
+    assert scheduler.requests == ["requeue 25"]
+    assert "requeue: the scheduler took it" in capsys.readouterr().err
+    assert read_ledger(run)[0].cause == "stopped"
+
+
+def test_a_run_that_the_scheduler_has_queued_again_is_left_to_it(run: RunDir) -> None:
+    scheduler = FakeScheduler([RUNNING, JobState("COMPLETING", restarts=1)])
+    assert attempt(run, scheduler, "raise SystemExit(75)", restart={"max_restarts": 0}) == 75
+    assert scheduler.requests == []
+    (closed,) = read_ledger(run)
+    assert (closed.cause, closed.action, closed.detail) == (
+        "requeued",
+        "leave",
+        "requeued: the scheduler starts it again",
+    )
+
+
+def test_a_run_that_finished_while_it_was_queued_again_is_finished(run: RunDir) -> None:
+    assert attempt(run, FakeScheduler([RUNNING, JobState("COMPLETING", restarts=1)]), "") == 0
+    assert read_ledger(run)[0].action == "finish"
+
+
+def test_a_requeue_that_nobody_saw_is_not_said_to_have_happened(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempt(run, FakeScheduler([RUNNING]), "raise SystemExit(75)")
+    said = capsys.readouterr().err
+    assert "requeue: asked for, not yet seen" in said
+    assert "took it" not in said
+
+
+def test_a_crash_is_held_and_its_rank_named(run: RunDir) -> None:
+    scheduler = FakeScheduler([RUNNING, RUNNING, JobState("SPECIAL_EXIT", held=True)])
+    assert attempt(run, scheduler, "print('words'); raise SystemExit(3)", resources={"tasks_per_node": 1}) == 3
+    assert scheduler.requests == ["hold 25"]
+    (closed,) = read_ledger(run)
+    assert (closed.cause, closed.action) == ("crashed", "hold")
+    assert closed.detail.startswith("held: it crashed before its first step, and would again (rank 0 on ")
+    assert closed.detail.endswith(": exit code 3, words)")
+    assert closed.failure is not None
+    assert (closed.failure["rank"], closed.failure["last_lines"]) == (0, ["words"])
+
+
+def test_a_crash_after_progress_is_queued_again(run: RunDir) -> None:
+    append_line(run.events, {"event": "step", "attempt": 1, "step": 7, "loss": 1.0})
+    scheduler = FakeScheduler([RUNNING, RUNNING, JobState("PENDING", restarts=1)])
+    attempt(run, scheduler, "raise SystemExit(3)")
+    assert scheduler.requests == ["requeue 25"]
+    assert read_ledger(run)[0].last_step == 7
+
+
+def test_a_program_that_is_not_there_is_a_crash_that_is_held(run: RunDir) -> None:
+    scheduler = FakeScheduler([RUNNING])
+    assert attempt(run, scheduler, "", command=["no-such-program"]) == 127
+    assert scheduler.requests == ["hold 25"]
+    assert "cannot be started: No such file or directory: no-such-program" in read_ledger(run)[0].detail
+
+
+def test_a_scheduler_that_never_answers_does_not_stop_a_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    assert attempt(run, FakeScheduler([DOWN]), "") == 0
+    assert read_ledger(run)[0].nodes == "n[1-2]"
+
+
+def test_a_requeue_that_is_refused_for_good_is_given_up_in_words(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheduler = FakeScheduler([RUNNING], requeue=DOWN)
+    assert attempt(run, scheduler, "raise SystemExit(75)") == 75
+    said = capsys.readouterr().err
+    assert "requeue failed: scontrol: exit status 1: Unable to contact slurm controller" in said
+    assert f"requeue was given up; `hpcds resume {run.root}` continues the run" in said
+
+
+def test_a_requeue_that_failed_and_happened_all_the_same_is_not_asked_for_twice(run: RunDir) -> None:
+    scheduler = FakeScheduler([RUNNING, RUNNING, JobState("COMPLETING", restarts=1)], requeue=DOWN)
+    attempt(run, scheduler, "raise SystemExit(75)")
+    assert scheduler.requests == ["requeue 25"]
+
+
+def test_attempts_are_counted_over_jobs(run: RunDir) -> None:
+    for _ in range(2):
+        attempt(run, FakeScheduler([RUNNING]), "import os; print(os.environ['HPCDS_ATTEMPT'])")
+    assert (run.attempt_logs(2) / "rank-0.log").read_text() == "2\n"
+
+
+@pytest.mark.parametrize(("site", "name"), [("slurm", "SLURM_JOB_ID"), ("local", "HPCDS_LOCAL_JOB")])
+def test_a_run_is_supervised_inside_its_job_only(
+    site: str, name: str, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("signal.pthread_sigmask", lambda *_: None)
+    write_json(run.config, {"command": ["true"]})
+    write_json(run.site, load_site(site).model_dump(mode="json"))
+    with pytest.raises(
+        RunError, match=f"run .*: {name} is not set; supervise runs inside the job, start it with submit"
+    ):
+        supervise(run)
