@@ -58,7 +58,7 @@ class Local:
         deadline = time.monotonic() + _START_TIMEOUT_S
         while read_object(self._state).get("pid") != keeper.pid:
             if keeper.poll() == BUSY:
-                raise SubmitError(f"run {str(run.root)!r}: its job is still there; cancel it first")
+                raise SubmitError(f"run {str(run.root)!r}: its job is still there; cancel it, or wait a moment")
             if keeper.poll() is not None or time.monotonic() > deadline:
                 raise SubmitError(f"run {str(run.root)!r}: its keeper did not start; look into {run.scheduler_log}")
             time.sleep(0.01)

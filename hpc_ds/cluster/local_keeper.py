@@ -75,9 +75,10 @@ class Keeper:
         job: the state as clients see it; written to ``local/state.json`` at every change.
     """
 
-    def __init__(self, run: RunDir) -> None:
+    def __init__(self, run: RunDir, lock: int) -> None:
         self.limits = Limits.of(run.script.read_text(encoding="utf-8"))
         self._run = run
+        self._lock = lock
         self._identity = {
             "job_id": f"local-{os.getpid()}",
             "pid": os.getpid(),
@@ -112,6 +113,7 @@ class Keeper:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                pass_fds=(self._lock,),  # the supervisor holds it too, so that it outlives a killed keeper
                 preexec_fn=process.child_setup(die_with_parent=signal.SIGTERM),  # noqa: PLW1509 - see there
                 env={**os.environ, "HPCDS_LOCAL_JOB": str(self._identity["job_id"])},
             )
@@ -240,12 +242,14 @@ def _reap_adopted(batch: int) -> None:
 def main(root: Path) -> int:
     """Keep the job of a run; two keepers of one run would start its ranks twice, so the second leaves."""
     run = RunDir(root)
-    with (run.local / "lock").open("w") as lock:  # held until this process ends, however it ends
+    with (run.local / "lock").open(
+        "w"
+    ) as lock:  # held until this process and the supervisor have ended, however they end
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return BUSY
-        Keeper(run).keep()
+        Keeper(run, lock.fileno()).keep()
     return 0
 
 

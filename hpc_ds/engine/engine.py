@@ -22,12 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from hpc_ds.checkpoint import reader, writer
-from hpc_ds.checkpoint.agree import on_rank_0
-from hpc_ds.engine import state as train_state
-from hpc_ds.errors import CheckpointError, ConfigError, DivergedError
+from hpc_ds.engine.checkpoints import Checkpoints
+from hpc_ds.errors import ConfigError, DivergedError
 from hpc_ds.runtime import preemption
-from hpc_ds.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,11 +102,8 @@ class Engine:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         self._agreed: _Agreed | None = None
         self._synchronizes = True
-        self._save_dir: Path | None = None
-        self._client_state: dict[str, Any] = {}
-        self._registered: dict[str, Any] = {}
-        self._saved_step: int | None = None
-        self._last_save = self._last_step = time.monotonic()
+        self._last_step = time.monotonic()
+        self._checkpoints = Checkpoints(self, sharded, loss_scale, sizes, run)
 
     # forward, backward, step
 
@@ -165,20 +159,25 @@ class Engine:
         self._update(agreed)
         self._count(agreed)
         if agreed.stop:
-            self._save_and_stop()
-        elif agreed.save or self._save_is_due():
-            self._save_by_itself()
+            self._checkpoints.save_and_stop()
+        self._checkpoints.save_if_due(minutes_are_over=agreed.save)
 
     def _agree(self) -> _Agreed:
         """Ask all ranks at once. Collective."""
         self._sharded.reshard()  # a forward since the last backward, as in an evaluation, left whole parameters behind
         self._sharded.reduce_whole()
         gradients = self._sharded.local_gradients()
-        told = [float(preemption.told_to_stop()), float(self.global_rank == 0 and self._minutes_are_over())]
+        told = [float(preemption.told_to_stop()), float(self.global_rank == 0 and self._checkpoints.minutes_are_over())]
+        told += [used := float(self._sharded.used()), used * used]
         numbers = torch.stack([self._sharded.squared_norm(gradients), self._loss_sum / self.world_size])
         numbers = torch.cat([numbers, torch.tensor(told, dtype=torch.float64, device=self._device)])
         dist.all_reduce(numbers)
-        squared_norm, loss, stop, save = numbers.tolist()
+        squared_norm, loss, stop, save, used, used_squared = numbers.tolist()
+        if int(used) ** 2 != self.world_size * int(used_squared):  # equal only where all ranks have the same number
+            raise ConfigError(
+                "gradients: the ranks used different parameters in this step, and their gradients were mixed up; use the same "
+                "on every rank, for example by adding 0 * parameter.sum() to the loss"
+            )
         norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
         self._agreed = _Agreed(norm / self._loss_scale.value, loss, stop > 0, save > 0)
         return self._agreed
@@ -199,7 +198,7 @@ class Engine:
         try:
             self._loss_scale.update(agreed.overflowed)
         except DivergedError:
-            self._record("diverged", step=self.global_steps + 1)
+            self.record("diverged", step=self.global_steps + 1)
             raise
         if agreed.overflowed and self.global_rank == 0:
             log.warning(
@@ -220,7 +219,7 @@ class Engine:
         self.global_samples += self._sizes.train
         self._loss_sum.zero_()
         now = time.monotonic()
-        self._record(
+        self.record(
             "step",
             step=self.global_steps,
             loss=agreed.loss,
@@ -235,7 +234,8 @@ class Engine:
         if every is not None and self.global_steps % every == 0 and self.global_rank == 0:
             log.info("step %d: loss %.4f, lr %.3g", self.global_steps, agreed.loss, self.get_lr()[0])
 
-    def _record(self, event: str, **fields: Any) -> None:
+    def record(self, event: str, **fields: Any) -> None:
+        """Add one event to the run's, from rank 0; outside of a run, nothing."""
         if self._run is not None and self.global_rank == 0:
             self._run.record(event, **fields)
 
@@ -261,28 +261,8 @@ class Engine:
         Raises:
             CheckpointError: the same on every rank; nothing of this save is visible, and training can go on.
         """
-        folder = self._checkpoint_dir(save_dir)
-        client = self._client_state if client_state is None else client_state
-        began = time.monotonic()
-        self._sharded.reshard()
-        tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
-        content = writer.Content(
-            tensors=train_state.tensors_to_save(self.module, self.optimizer, frozen=not exclude_frozen_parameters),
-            rank_state=train_state.random_states(),
-            client_state={
-                "client": client,
-                "registered": {name: thing.state_dict() for name, thing in self._registered.items()},
-                "optimizer": train_state.plain_optimizer_state(self.module, self.optimizer),
-                "lr_scheduler": train_state.schedule_state(self.lr_scheduler, self.optimizer),
-            },
-            state=self._plain_state(),
-            step=self.global_steps,
-        )
-        writer.save(folder, tag, content, save_latest=save_latest)
-        self._client_state = client
-        self._saved_step = self.global_steps
-        self._last_save = time.monotonic()
-        self._record("saved", step=self.global_steps, tag=tag, seconds=round(time.monotonic() - began, 3))
+        frozen = not exclude_frozen_parameters
+        self._checkpoints.save(save_dir, tag, client_state, save_latest=save_latest, frozen=frozen)
         return True
 
     def load_checkpoint(
@@ -310,117 +290,26 @@ class Engine:
         Raises:
             CheckpointError: the same on every rank; see ``checkpoint.reader.find``.
         """
-        folder = self._checkpoint_dir(load_dir)
-        saved = reader.find(folder, None if tag is None else str(tag))
-        if saved is None:
-            if self.global_rank == 0:
-                log.info("checkpoint folder %s: empty; training starts fresh", folder)
-            return None, {}
-        optimizer = self.optimizer if load_optimizer_states and not load_module_only else None
-        client, random_states = reader.read_client_state(saved), reader.read_rank_state(saved)
-        self.zero_grad()
-        reader.load_tensors(
-            saved, lambda: train_state.tensors_to_load(saved.path, self.module, optimizer, strict=load_module_strict)
+        return self._checkpoints.load(
+            load_dir,
+            tag,
+            strict=load_module_strict,
+            optimizer_states=load_optimizer_states,
+            lr_scheduler_states=load_lr_scheduler_states,
+            module_only=load_module_only,
         )
-        if optimizer is not None:
-            train_state.load_plain_optimizer_state(self.module, optimizer, client["optimizer"])
-        if not load_module_only:
-            if load_lr_scheduler_states and self.lr_scheduler is not None and client["lr_scheduler"] is not None:
-                train_state.load_schedule_state(self.lr_scheduler, self.optimizer, client["lr_scheduler"])
-            self._take_up(saved.state, client, load_optimizer_states)
-            if random_states is not None:
-                train_state.restore_random_states(random_states)
-        self._record("resumed", step=self.global_steps, tag=saved.tag)
-        return str(saved.path), client["client"]
 
     def register_state(self, name: str, thing: Any) -> None:
         """Let anything with ``state_dict`` and ``load_state_dict`` ride along in every checkpoint.
 
         Register before ``load_checkpoint``.
         """
-        self._registered[name] = thing
+        self._checkpoints.registered[name] = thing
 
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
         """Write the whole weights in the compute type as one file that the plain module loads. Collective."""
-        self._sharded.reshard()
-        dtype = self._compute_dtype() or torch.float32
-        whole = {}
-        for name, tensor in self.module.state_dict().items():
-            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            if self.global_rank == 0:
-                whole[name] = full.to("cpu", dtype) if full.is_floating_point() else full.cpu()
-
-        def write() -> None:
-            folder = Path(save_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".{save_filename}.part"
-            torch.save(whole, temporary)
-            temporary.replace(folder / save_filename)
-
-        on_rank_0(f"weights {str(Path(save_dir) / save_filename)!r}: not saved", write)
+        self._checkpoints.save_weights(Path(save_dir) / save_filename, compute_dtype(self._config) or torch.float32)
         return True
-
-    def _checkpoint_dir(self, given: str | Path | None) -> Path:
-        folder = Path(given) if given is not None else self._save_dir or (self._run.checkpoints if self._run else None)
-        if folder is None:
-            raise CheckpointError("checkpoint folder: none is known outside of a run; give save_dir or load_dir")
-        self._save_dir = folder
-        return folder
-
-    def _plain_state(self) -> dict[str, Any]:
-        return {
-            "hpc_ds": __version__,
-            "global_steps": self.global_steps,
-            "global_samples": self.global_samples,
-            "skipped_steps": self.skipped_steps,
-            "micro_steps": self.micro_steps,
-            "zero_stage": self._config.zero_optimization.stage,
-            "train_batch_size": self._sizes.train,
-            "loss_scale": self._loss_scale.state_dict(),
-            "data": None if self.training_dataloader is None else self.training_dataloader.state_dict(),
-        }
-
-    def _take_up(self, plain: dict[str, Any], client: dict[str, Any], optimizer_states: bool) -> None:
-        self.global_steps = plain["global_steps"]
-        self.global_samples = plain["global_samples"]
-        self.skipped_steps = plain["skipped_steps"]
-        # The accumulation may be another at this world size; a step is whole whenever one is saved by the engine.
-        self.micro_steps = self.global_steps * self._sizes.accumulation
-        if optimizer_states:
-            self._loss_scale.load_state_dict(plain["loss_scale"])
-        if self.training_dataloader is not None and plain["data"] is not None:
-            self.training_dataloader.load_state_dict(plain["data"])
-        for name, thing in self._registered.items():
-            if name in client["registered"]:
-                thing.load_state_dict(client["registered"][name])
-        self._client_state = client["client"]
-        self._saved_step = self.global_steps
-
-    def _minutes_are_over(self) -> bool:
-        minutes = self._run.every_minutes if self._run is not None else None
-        return minutes is not None and time.monotonic() - self._last_save > minutes * 60
-
-    def _save_is_due(self) -> bool:
-        every = self._run.every_steps if self._run is not None else None
-        return every is not None and self.global_steps % every == 0
-
-    def _save_by_itself(self) -> None:
-        if self._saved_step != self.global_steps:
-            self.save_checkpoint()
-        if (
-            self._run is not None
-            and self._run.keep is not None
-            and self.global_rank == 0
-            and self._save_dir is not None
-        ):
-            writer.prune(self._save_dir, self._run.keep)
-
-    def _save_and_stop(self) -> None:
-        told_by = preemption.told_by()
-        if self._saved_step != self.global_steps:
-            self.save_checkpoint()
-        self._record("stopped", step=self.global_steps, told_by=told_by)
-        raise preemption.Preempted(f"checkpointed step {self.global_steps} on {told_by}")
 
     # what scripts ask
 
@@ -491,9 +380,6 @@ class Engine:
     def device(self) -> torch.device:
         """Where the module is."""
         return self._device
-
-    def _compute_dtype(self) -> torch.dtype | None:
-        return compute_dtype(self._config)
 
     def __getattr__(self, name: str) -> Any:
         """Whatever the engine does not have is the module's."""

@@ -91,21 +91,23 @@ def initialize(  # noqa: PLR0913 - DeepSpeed's signature
     sizes = resolve_batch_sizes(checked, rank.world_size)
     for warning in warnings if rank.rank == 0 else ():
         log.warning(warning)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     before = _Before(model, optimizer, model_parameters)
-    sharded = Sharded(
-        model,
-        checked.zero_optimization.stage,
-        device,
-        compute_dtype(checked),
-        _REDUCE_DTYPES[checked.communication_data_type],
-    )
+    sharded = _sharded(model, checked)
     chosen = _optimizer(optimizer, before, checked, model)
     engine = Engine(sharded, chosen, LossScale(checked.fp16), checked, sizes, rank, run)
     engine.lr_scheduler = _schedule(lr_scheduler, checked, chosen)
     if training_data is not None:
-        engine.training_dataloader = _loader(training_data, checked, sizes, rank.rank, collate_fn, device)
+        engine.training_dataloader = _loader(training_data, checked, sizes, rank.rank, collate_fn)
     return engine, chosen, engine.training_dataloader, engine.lr_scheduler
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _sharded(model: nn.Module, config: TrainingConfig) -> Sharded:
+    reduce_dtype = _REDUCE_DTYPES[config.communication_data_type]
+    return Sharded(model, config.zero_optimization.stage, _device(), compute_dtype(config), reduce_dtype)
 
 
 def _config_source(config: Any, args: Any, run: CurrentRun | None) -> tuple[dict[str, Any], str]:
@@ -187,9 +189,7 @@ def _schedule(given: Any, config: TrainingConfig, optimizer: torch.optim.Optimiz
     return make_schedule(config.scheduler, optimizer)
 
 
-def _loader(
-    dataset: Any, config: TrainingConfig, sizes: BatchSizes, rank: int, collate_fn: Any, device: torch.device
-) -> TrainingLoader:
+def _loader(dataset: Any, config: TrainingConfig, sizes: BatchSizes, rank: int, collate_fn: Any) -> TrainingLoader:
     refuse_iterable(dataset)
     position = Position(len(dataset), config.seed, sizes, rank, drop_last=config.dataloader_drop_last)
-    return TrainingLoader(dataset, position, collate_fn, device)
+    return TrainingLoader(dataset, position, collate_fn, _device())

@@ -16,6 +16,7 @@ Source: Rajbhandari et al., ZeRO, 2019 (stages); https://pytorch.org/docs/stable
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -126,6 +127,10 @@ class Sharded:
             for parameter in self.module.parameters()
             if (gradient := parameter.grad) is not None
         ]
+
+    def used(self) -> int:
+        """Which parameters have gradients, as a number below 2**20 that is the same only where they are the same."""
+        return zlib.crc32(bytes(parameter.grad is not None for parameter in self.module.parameters())) % (1 << 20)
 
     def squared_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """This rank's part of the squared global gradient norm, 0-dim fp64: the parts of all ranks add up to it."""

@@ -566,6 +566,36 @@ def test_two_forwards_before_one_backward(pair: Outcomes, kind: type[Standing], 
         assert distance(weights, whole(wanted.model)) < 1e-6
 
 
+class Choosing(nn.Module):
+    """Which of two layers of one shape is used depends on the caller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, other: int) -> torch.Tensor:
+        return (self.third if other else self.second)(self.first(x)).square().mean()
+
+
+def different_parameters(rank: int, stage: int) -> dict[str, Any]:
+    """Layers of one shape: FSDP2 would add the gradients of one to those of the other, and say nothing."""
+    engine = engine_for(stage, model=Choosing())
+    before = whole(engine.module)
+    engine.backward(engine(torch.ones(6, 4), other=rank))
+    try:
+        engine.step()
+    except ConfigError as error:
+        return {"said": str(error), "moved": distance(before, whole(engine.module))}
+    return {}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_that_use_different_parameters_are_told_so(pair: Outcomes, stage: int) -> None:
+    for rank in pair[f"different_parameters {stage}"]:
+        assert rank["said"].startswith("gradients: the ranks used different parameters in this step")
+        assert rank["moved"] == 0
+
+
 # what else an engine does
 
 
@@ -719,7 +749,7 @@ def pair(folder: Path) -> Outcomes:
             cases[f"two_forwards {kind.__name__} {stage}"] = (two_forwards, (stage, kind))
         cases[f"dropped {stage}"] = (dropped, (stage, {}))
         cases[f"dropped bf16 {stage}"] = (dropped, (stage, PRECISIONS["bf16"]))
-        for function in (overflow, nan_in_fp32, half_optimized, no_sync):
+        for function in (overflow, nan_in_fp32, half_optimized, no_sync, different_parameters):
             cases[f"{function.__name__} {stage}"] = (function, (stage,))
     cases["told_to_stop"] = (told_to_stop, (run,))  # last: from here on the process hears signals
     return run_cases(2, cases)
