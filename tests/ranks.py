@@ -4,7 +4,7 @@ A spawn costs seconds, a check milliseconds: so a file hands all its cases to on
 the outcome of its own. What takes the seconds is importing torch, N times on few cores: so the processes come from a
 server that has imported it once, and has used none of it.
 
-A group is destroyed after a barrier and only on success: a process that leaves while its peers still talk aborts now
+A group is destroyed when all have said goodbye, and only on success: a process that leaves while its peers talk aborts now
 and then, and destroying after a failure can wait for peers that are gone.
 """
 
