@@ -137,12 +137,19 @@ class Checkpoints:
         return minutes is not None and time.monotonic() - self._last_save > minutes * 60
 
     def save_if_due(self, *, minutes_are_over: bool) -> None:
-        """Save when the run's job says so, and remove what it does not keep."""
+        """Save when the run's job says so, and remove what it does not keep. A save that fails is told, not raised."""
         run, step = self._run, self._engine.global_steps
         if run is None or not (minutes_are_over or (run.every_steps is not None and step % run.every_steps == 0)):
             return
         if self._saved_step != step:
-            self.save()
+            try:
+                self.save()
+            except CheckpointError as error:
+                # The same on every rank, and the checkpoints before are whole: nothing is gained by ending here.
+                self._last_save = time.monotonic()
+                log.error("%s; training goes on, the next save is tried when it is due", error)  # noqa: TRY400 - its cause is in the words
+                self._engine.record("save_failed", step=step, error=str(error))
+                return
         if run.keep is not None and self._engine.global_rank == 0 and self._folder is not None:
             writer.prune(self._folder, run.keep)
 
@@ -177,7 +184,7 @@ class Checkpoints:
             "zero_stage": engine.zero_optimization_stage(),
             "train_batch_size": self._sizes.train,
             "loss_scale": self._loss_scale.state_dict(),
-            "data": None if loader is None else loader.state_dict(),
+            "data": None if loader is None else loader.state_dict(engine.micro_steps % self._sizes.accumulation),
         }
 
     def _take_up(self, plain: dict[str, Any], client: dict[str, Any], *, optimizer_states: bool) -> None:

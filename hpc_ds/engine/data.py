@@ -29,6 +29,8 @@ class Position:
 
     Attributes:
         samples: consumed by all ranks together since the run began.
+        length: samples of the dataset.
+        seed: of the order of every epoch.
     """
 
     def __init__(self, length: int, seed: int, sizes: BatchSizes, rank: int, *, drop_last: bool) -> None:
@@ -39,14 +41,13 @@ class Position:
                 "set dataloader_drop_last to false"
             )
         self.samples = 0
-        self._length, self._usable, self._seed = length, usable, seed
+        self.length, self.seed, self._usable = length, seed, usable
         self._micro, self._world_size, self._rank = sizes.micro, sizes.world_size, rank
         self._order_of: tuple[int, torch.Tensor] | None = None
 
-    @property
-    def epoch(self) -> int:
-        """How many epochs are complete."""
-        return self.samples // self._usable
+    def epoch_of(self, samples: int) -> int:
+        """How many epochs are complete when ``samples`` have been consumed."""
+        return samples // self._usable
 
     @property
     def together(self) -> int:
@@ -65,9 +66,9 @@ class Position:
 
     def _index(self, place: int) -> int:
         epoch, within = divmod(place, self._usable)
-        if self._order_of is None or self._order_of[0] != epoch:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            self._order_of = (epoch, torch.randperm(self._length, generator=generator))
+        key = self.seed * 1_000_003 + epoch
+        if self._order_of is None or self._order_of[0] != key:
+            self._order_of = (key, torch.randperm(self.length, generator=torch.Generator().manual_seed(key)))
         return int(self._order_of[1][within])
 
 
@@ -137,10 +138,31 @@ class TrainingLoader:
     def __len__(self) -> int:
         return self.position.micro_batches_left()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Samples consumed, and the epoch they are in."""
-        return {"samples": self.position.samples, "epoch": self.position.epoch}
+    def state_dict(self, unfinished: int = 0) -> dict[str, Any]:
+        """Seed, epoch, and samples consumed.
+
+        Args:
+            unfinished: micro-batches of each rank whose step is not complete; they will be handed out again.
+        """
+        position = self.position
+        samples = position.samples - unfinished * position.together
+        return {
+            "samples": samples,
+            "epoch": position.epoch_of(samples),
+            "seed": position.seed,
+            "length": position.length,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint, at any world size."""
+        """Go on from a checkpoint, at any world size, in the order that its seed gives.
+
+        Raises:
+            ConfigError: the dataset has another length, so positions in it mean other samples.
+        """
+        if state["length"] != self.position.length:
+            raise ConfigError(
+                f"training_data of {self.position.length} samples: the checkpoint stands in one of {state['length']}; load it "
+                "with the data it was trained on, or with load_module_only=True"
+            )
+        self.position.seed = int(state["seed"])
         self.position.samples = int(state["samples"])

@@ -76,4 +76,6 @@ def _event_line(event: dict[str, Any]) -> str:
         return f"told to stop by {event.get('told_by')}: step {step} is safe"
     if kind == "joined":
         return f"{event.get('world_size')} ranks have met"
+    if kind == "save_failed":
+        return f"step {step} was not saved: {event.get('error')}"
     return f"{kind} at step {step}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 from hpc_ds.run_dir import RunDir, append_line, read_object
+
+log = logging.getLogger("hpc_ds")
 
 
 class CurrentRun:
@@ -40,4 +43,7 @@ class CurrentRun:
     def record(self, event: str, **fields: Any) -> None:
         """Add one event. For rank 0 only."""
         line = {"event": event, "attempt": self.attempt, "time": time.time(), **fields}
-        append_line(self.files.events, line, durable=False)
+        try:
+            append_line(self.files.events, line, durable=False)
+        except OSError as error:  # a full disk: the training need not end because nobody can be told
+            log.warning("event %s is not written: %s", event, error.strerror)

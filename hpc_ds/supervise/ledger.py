@@ -6,6 +6,8 @@ closes it as ``lost``.
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -66,13 +68,21 @@ def open_attempt(run: RunDir, job_id: str, host: str, nodes: str) -> Attempt:
         close_attempt(run, last.number, cause="lost", action="leave", detail=detail, **steps_of(run, last.number))
     attempt = Attempt(number=len(attempts) + 1, job_id=job_id, host=host, nodes=nodes, opened=time.time())
     opened = {"number": attempt.number, "job_id": job_id, "host": host, "nodes": nodes, "opened": attempt.opened}
-    append_line(run.ledger, {"event": "opened", **opened})
+    _write(run, {"event": "opened", **opened})
     return attempt
 
 
 def close_attempt(run: RunDir, number: int, **fields: Any) -> None:
     """Close an attempt with its cause and what is known about it."""
-    append_line(run.ledger, {"event": "closed", "number": number, "closed": time.time(), **fields})
+    _write(run, {"event": "closed", "number": number, "closed": time.time(), **fields})
+
+
+def _write(run: RunDir, line: dict[str, Any]) -> None:
+    """Add a line; on a full disk the run goes on without it, because a lost line is better than a lost requeue."""
+    try:
+        append_line(run.ledger, line)
+    except OSError as error:
+        sys.stderr.write(f"hpcds: ledger {str(run.ledger)!r}: not written: {error.strerror}: {json.dumps(line)}\n")
 
 
 def steps_of(run: RunDir, number: int) -> dict[str, int | None]:

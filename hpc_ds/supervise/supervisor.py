@@ -7,6 +7,7 @@ a requeue ends it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -173,10 +174,11 @@ class Supervisor:
 
     def _write_deadline(self, job: JobState | None) -> None:
         self._deadline_at = time.monotonic()
-        if job is not None and job.end_time is not None:
-            write_atomic(self._run.deadline, f"{job.end_time - lead_s(self._job)}\n")
-        else:
-            self._run.deadline.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the warning signal says the same
+            if job is not None and job.end_time is not None:
+                write_atomic(self._run.deadline, f"{job.end_time - lead_s(self._job)}\n")
+            else:
+                self._run.deadline.unlink(missing_ok=True)
 
     def _act(self, action: str, restarts: int) -> None:
         if action not in {"requeue", "hold"}:

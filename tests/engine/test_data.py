@@ -103,13 +103,13 @@ def test_any_restarts_at_any_world_size_give_the_order_of_one_rank(
     length: int, seed: int, starts: list[tuple[int, int]], accumulation: int
 ) -> None:
     seen: list[int] = []
-    state = {"samples": 0, "epoch": 0}
+    state = {"samples": 0, "epoch": 0, "seed": seed, "length": length}
     for world_size, count in starts:
         folds = accumulation if 12 % (world_size * accumulation) == 0 else 1
         world = World(length, world_size, accumulation=folds, seed=seed).resume(state)
         seen += world.take(count)
         state = world.state()
-        assert state == {"samples": len(seen), "epoch": len(seen) // length}
+        assert (state["samples"], state["epoch"]) == (len(seen), len(seen) // length)
     assert seen == alone(length, len(seen), seed=seed)
     for first in range(0, len(seen) - length + 1, length):
         assert sorted(seen[first : first + length]) == list(range(length))
@@ -122,7 +122,7 @@ def test_any_restarts_at_any_world_size_give_the_order_of_one_rank(
 )
 def test_drop_last_leaves_out_what_fills_no_batch(length: int, starts: list[tuple[int, int]]) -> None:
     seen: list[int] = []
-    state = {"samples": 0, "epoch": 0}
+    state = {"samples": 0, "epoch": 0, "seed": 0, "length": length}
     for world_size, count in starts:
         world = World(length, world_size, drop_last=True).resume(state)
         seen += world.take(count)
@@ -149,7 +149,7 @@ def test_a_batch_that_reaches_the_end_is_filled_from_the_next_epoch() -> None:
     epoch = [world.micro_batch() for _ in range(3)]
     assert world.micro_batch() is None
     assert [len(part) for part in epoch if part] == [12, 12, 12]
-    assert world.state() == {"samples": 36, "epoch": 1}
+    assert (world.state()["samples"], world.state()["epoch"]) == (36, 1)
     rest = [world.micro_batch() for _ in range(2)]
     assert world.micro_batch() is None
     seen = list(itertools.chain.from_iterable(part or [] for part in epoch + rest))
@@ -170,7 +170,9 @@ def test_a_batch_that_reaches_the_end_is_filled_from_the_next_epoch() -> None:
     ],
 )
 def test_len_is_what_an_iteration_gives(length: int, consumed: int, drop_last: bool, wanted: int) -> None:
-    world = World(length, 2, accumulation=2, drop_last=drop_last).resume({"samples": consumed, "epoch": 0})
+    world = World(length, 2, accumulation=2, drop_last=drop_last).resume(
+        {"samples": consumed, "epoch": 0, "seed": 0, "length": length}
+    )
     assert [len(loader) for loader in world.loaders] == [wanted, wanted]
     assert sum(1 for _ in world.loaders[0]) == wanted
 
@@ -185,6 +187,24 @@ def test_only_what_was_handed_out_is_counted(workers: int) -> None:
     assert first + second == alone(40, 48)
 
 
+def test_a_step_that_is_not_complete_is_handed_out_again() -> None:
+    world = World(40, 2, accumulation=2)
+    world.take(3)
+    state = world.loaders[0].state_dict(unfinished=1)
+    assert state["samples"] == 12
+    assert World(40, 2, accumulation=2).resume(state).take(2) == alone(40, 24)[12:]
+
+
+def test_the_order_is_that_of_the_checkpoint_s_seed() -> None:
+    state = World(40, 1, seed=7).state()
+    assert World(40, 1, seed=8).resume(state).take(2) == World(40, 1, seed=7).take(2)
+
+
+def test_positions_in_other_data_are_refused() -> None:
+    with pytest.raises(ConfigError, match="training_data of 41 samples: the checkpoint stands in one of 40"):
+        World(41, 1).resume(World(40, 1).state())
+
+
 def test_breaking_off_and_iterating_again_goes_on() -> None:
     (loader,) = World(40, 1).loaders
     seen = []
@@ -194,7 +214,7 @@ def test_breaking_off_and_iterating_again_goes_on() -> None:
     for batch in loader:
         seen += batch
     assert seen == alone(40, 48)
-    assert loader.state_dict() == {"samples": 48, "epoch": 1}
+    assert loader.state_dict() == {"samples": 48, "epoch": 1, "seed": 0, "length": 40}
 
 
 def test_iterating_draws_nothing_from_the_global_generator() -> None:
