@@ -22,7 +22,10 @@ def hostfile(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="A JSON list of {name, slots} instead.")] = False,
 ) -> None:
-    """Print the hosts of a node list or of this Slurm job as a hostfile, one 'NAME slots=N' a line."""
+    """Print a node list, or this Slurm job, as a hostfile.
+
+    One line a host: NAME slots=N.
+    """
     import json
     import os
 

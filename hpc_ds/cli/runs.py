@@ -60,14 +60,17 @@ def logs(
 
 
 def cancel(run: RunArgument, runs: RunsOption = Path("runs"), json_output: JsonOption = False) -> None:
-    """End a run for good; `resume` can still continue it."""
+    """End a run; `resume` can still continue it."""
     found, scheduler, job_id = _job(run, runs)
     scheduler.cancel(job_id)
     _done(found, job_id, "cancelled", json_output=json_output)
 
 
 def preempt(run: RunArgument, runs: RunsOption = Path("runs"), json_output: JsonOption = False) -> None:
-    """Preempt a run, by the signals that a scheduler would send: it saves and starts again by itself."""
+    """Preempt a run: it saves and starts again by itself.
+
+    The ranks get the signals that a scheduler would send them.
+    """
     found, scheduler, job_id = _job(run, runs)
     scheduler.preempt(job_id)
     _done(found, job_id, "preempted", json_output=json_output)

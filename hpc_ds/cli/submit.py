@@ -46,7 +46,7 @@ def submit(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show the run until it is over.")] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Submit a training job, from a job file or straight from a script."""
+    """Submit a job, from a file or straight from a script."""
     from hpc_ds.config.load import load_site
     from hpc_ds.script.submit import preview
     from hpc_ds.script.submit import submit as submit_job
