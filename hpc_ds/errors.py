@@ -9,6 +9,7 @@ HpcdsError                 1
 ├── RankError              2   environment variables that do not say which rank this is
 ├── SchedulerError         3   what a scheduler said, or did not
 │   ├── CommandError       3   a program that could not be run, failed, or took too long
+│   │   └── NoAnswerError  3   it took too long: what it was asked for may have happened
 │   ├── SubmitError        3   a job that the scheduler refused
 │   └── ParseError         3   output of a scheduler that we do not understand
 ├── CheckpointError        4   a checkpoint that could not be written or read
@@ -101,6 +102,10 @@ class CommandError(SchedulerError):
         self.command = command
         self.returncode = returncode
         self.stderr = stderr
+
+
+class NoAnswerError(CommandError):
+    """A program was stopped by its time limit; what it was asked for may have happened."""
 
 
 class SubmitError(SchedulerError):

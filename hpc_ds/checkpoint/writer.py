@@ -35,6 +35,7 @@ from hpc_ds.checkpoint.layout import (
     SAVING,
     candidates,
     rank_file,
+    read_manifest,
     sha256,
     write_manifest,
 )
@@ -112,20 +113,27 @@ def save(folder: Path, tag: str, content: Content, *, save_latest: bool = True) 
     return folder / tag
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints. For rank 0 only.
+def prune(folder: Path, keep: int, made_by: str | None = None) -> None:
+    """Remove all but the newest ``keep`` checkpoints, counting only those of one maker if asked to. For rank 0 only.
 
     A folder is renamed before its files go, so that a crash in between leaves no half checkpoint.
     """
     try:
-        doomed_ones = candidates(folder)[max(keep, 1) :]
+        ours = [path for path in candidates(folder) if made_by is None or _maker_of(path) == made_by]
     except OSError:
         return
-    for path in doomed_ones:
+    for path in ours[max(keep, 1) :]:
         doomed = path.with_name(f"{SAVING}{path.name}-{uuid.uuid4().hex[:8]}")
         with contextlib.suppress(OSError):
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _maker_of(path: Path) -> object:
+    try:
+        return read_manifest(path).state.get("made_by")
+    except CheckpointError:
+        return None
 
 
 def _check_tag(tag: str) -> None:

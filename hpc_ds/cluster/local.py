@@ -60,6 +60,7 @@ class Local:
             if keeper.poll() == BUSY:
                 raise SubmitError(f"run {str(run.root)!r}: its job is still there; cancel it, or wait a moment")
             if keeper.poll() is not None or time.monotonic() > deadline:
+                keeper.kill()
                 raise SubmitError(f"run {str(run.root)!r}: its keeper did not start; look into {run.scheduler_log}")
             time.sleep(0.01)
         keeper.returncode = 0  # it outlives us on purpose; this keeps Popen from warning about it

@@ -172,7 +172,8 @@ class _Ending:
         self._sweep()
 
     def _sleep(self) -> None:
-        marks = [mark for mark in (self._kill_at, self._grace_ends_at, self._warn_at, self._limit()) if mark]
+        awaited = (self._grace_ends_at, self._warn_at, self._limit()) if self._kill_at is None else (self._kill_at,)
+        marks = [mark for mark in awaited if mark]
         pause = min([mark - time.time() for mark in marks] + [_LONGEST_SLEEP_S])
         woken = signal.sigtimedwait(_WAKE, max(pause, 0.0))
         if woken is not None and woken.si_signo in {signal.SIGTERM, signal.SIGINT}:
@@ -194,6 +195,7 @@ class _Ending:
         now = time.time()
         if self._kill_at is not None and now >= self._kill_at:
             process.send(self._everything(), signal.SIGKILL)
+            self._kill_at = now + 1.0
         elif self._kill_at is None and self._grace_ends_at is not None and now >= self._grace_ends_at:
             self._again("requeue")
         elif self._kill_at is None and (limit := self._limit()) is not None and now >= limit:

@@ -9,7 +9,20 @@ if TYPE_CHECKING:
     from hpc_ds.run_dir import RunDir
 
 ACTIVE = frozenset(
-    {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
+    {
+        "PENDING",
+        "CONFIGURING",
+        "RUNNING",
+        "COMPLETING",
+        "SUSPENDED",
+        "SIGNALING",
+        "RESIZING",
+        "STOPPED",
+        "STAGE_OUT",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "SPECIAL_EXIT",
+    }
 )
 HELD = frozenset({"REQUEUE_HOLD", "SPECIAL_EXIT"})
 

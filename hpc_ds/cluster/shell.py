@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from hpc_ds.errors import CommandError
+from hpc_ds.errors import CommandError, NoAnswerError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,7 +55,7 @@ def run(command: list[str], *, timeout_s: float = 30.0, check: bool = True) -> C
         raise CommandError(command, None, "", message) from None
     except subprocess.TimeoutExpired:
         message = f"{command[0]}: no answer in {timeout_s:g} s; is the scheduler up?"
-        raise CommandError(command, None, "", message) from None
+        raise NoAnswerError(command, None, "", message) from None
     except OSError as error:
         raise CommandError(command, None, str(error), f"{command[0]}: cannot be run: {error}; check it") from None
     if check and done.returncode != 0:

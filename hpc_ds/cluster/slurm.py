@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from hpc_ds.cluster.parse import parse_job, parse_job_id
 from hpc_ds.cluster.shell import Shell, run
-from hpc_ds.errors import CommandError, SubmitError
+from hpc_ds.errors import CommandError, NoAnswerError, SchedulerError, SubmitError
 
 if TYPE_CHECKING:
     from hpc_ds.cluster.scheduler import JobState
@@ -27,6 +27,8 @@ class Slurm:
         """
         try:
             answer = self._shell(["sbatch", "--parsable", str(run.script)], timeout_s=60.0)
+        except NoAnswerError as error:
+            raise SchedulerError(f"{error}; the job may be queued all the same, look with squeue") from error
         except CommandError as error:
             if error.returncode is None:
                 raise SubmitError(str(error)) from error

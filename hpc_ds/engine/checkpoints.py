@@ -44,7 +44,6 @@ class Checkpoints:
         self._folder: Path | None = None
         self._client_state: dict[str, Any] = {}
         self.registered: dict[str, Any] = {}
-        self._saved_step: int | None = None
         self._last_save = time.monotonic()
 
     def save(
@@ -55,6 +54,7 @@ class Checkpoints:
         *,
         save_latest: bool = True,
         frozen: bool = True,
+        by_itself: bool = False,
     ) -> None:
         """Save everything that a resume needs; see ``Engine.save_checkpoint``."""
         engine, folder = self._engine, self._folder_for(save_dir)
@@ -71,12 +71,11 @@ class Checkpoints:
                 "optimizer": train_state.plain_optimizer_state(engine.module, engine.optimizer),
                 "lr_scheduler": train_state.schedule_state(engine.lr_scheduler, engine.optimizer),
             },
-            state=self._plain_state(),
+            state=self._plain_state(by_itself=by_itself),
             step=engine.global_steps,
         )
         writer.save(folder, tag, content, save_latest=save_latest)
         self._client_state = client
-        self._saved_step = engine.global_steps
         self._last_save = time.monotonic()
         engine.record("saved", step=engine.global_steps, tag=tag, seconds=round(time.monotonic() - began, 3))
 
@@ -91,7 +90,9 @@ class Checkpoints:
         module_only: bool,
     ) -> tuple[str | None, dict[str, Any]]:
         """Load the newest whole checkpoint, or the one named; see ``Engine.load_checkpoint``."""
-        engine, folder = self._engine, self._folder_for(load_dir)
+        engine = self._engine
+        # Weights taken from elsewhere do not make that place the run's own.
+        folder = Path(load_dir) if module_only and load_dir is not None else self._folder_for(load_dir)
         saved = reader.find(folder, None if tag is None else str(tag))
         if saved is None:
             if engine.global_rank == 0:
@@ -141,17 +142,15 @@ class Checkpoints:
         run, step = self._run, self._engine.global_steps
         if run is None or not (minutes_are_over or (run.every_steps is not None and step % run.every_steps == 0)):
             return
-        if self._saved_step != step:
-            try:
-                self.save()
-            except CheckpointError as error:
-                # The same on every rank, and the checkpoints before are whole: nothing is gained by ending here.
-                self._last_save = time.monotonic()
-                log.error("%s; training goes on, the next save is tried when it is due", error)  # noqa: TRY400 - its cause is in the words
-                self._engine.record("save_failed", step=step, error=str(error))
-                return
-        if run.keep is not None and self._engine.global_rank == 0 and self._folder is not None:
-            writer.prune(self._folder, run.keep)
+        try:
+            self.save(by_itself=True)
+        except CheckpointError as error:
+            # The same on every rank, and the checkpoints before are whole: nothing is gained by ending here.
+            self._last_save = time.monotonic()
+            log.error("%s; training goes on, the next save is tried when it is due", error)  # noqa: TRY400 - its cause is in the words
+            self._engine.record("save_failed", step=step, error=str(error))
+            return
+        self._prune()
 
     def save_and_stop(self) -> None:
         """Save, and leave with exit code 75.
@@ -160,10 +159,16 @@ class Checkpoints:
             Preempted: always, once everything is durable.
         """
         told_by, step = preemption.told_by(), self._engine.global_steps
-        if self._saved_step != step:
-            self.save()
+        self.save(by_itself=True)
         self._engine.record("stopped", step=step, told_by=told_by)
+        self._prune()
         raise preemption.Preempted(f"checkpointed step {step} on {told_by}")
+
+    def _prune(self) -> None:
+        """Remove what the run does not keep of the saves that it made by itself; nobody else's, and none with a name."""
+        run = self._run
+        if run is not None and run.keep is not None and self._engine.global_rank == 0 and self._folder is not None:
+            writer.prune(self._folder, run.keep, made_by=str(run.files.root))
 
     def _folder_for(self, given: str | Path | None) -> Path:
         """The folder given, else that of the last save or load, else the run's."""
@@ -173,10 +178,11 @@ class Checkpoints:
         self._folder = folder
         return folder
 
-    def _plain_state(self) -> dict[str, Any]:
+    def _plain_state(self, *, by_itself: bool) -> dict[str, Any]:
         engine, loader = self._engine, self._engine.training_dataloader
         return {
             "hpc_ds": __version__,
+            "made_by": str(self._run.files.root) if self._run is not None and by_itself else None,
             "global_steps": engine.global_steps,
             "global_samples": engine.global_samples,
             "skipped_steps": engine.skipped_steps,
@@ -202,4 +208,3 @@ class Checkpoints:
             if name in client["registered"]:
                 thing.load_state_dict(client["registered"][name])
         self._client_state = client["client"]
-        self._saved_step = engine.global_steps

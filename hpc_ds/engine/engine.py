@@ -147,7 +147,7 @@ class Engine:
         Raises:
             Preempted: some rank was told to stop; the run is saved.
             DivergedError: gradients overflow at the smallest loss scale.
-            CheckpointError: a save that was due failed; the checkpoints before it are untouched.
+            CheckpointError: the save on a stop failed; the checkpoints before it are untouched.
         """
         if not self._synchronizes:
             raise ConfigError("step: inside no_sync the gradients are not complete; leave it first")

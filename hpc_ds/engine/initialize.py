@@ -89,8 +89,8 @@ def initialize(  # noqa: PLR0913 - DeepSpeed's signature
     rank = init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     checked, warnings = load_training(*_config_source(config or config_params, args, run))
     sizes = resolve_batch_sizes(checked, rank.world_size)
-    for warning in warnings if rank.rank == 0 else ():
-        log.warning(warning)
+    if rank.rank == 0:
+        _tell(run, rank.world_size, warnings)
     before = _Before(model, optimizer, model_parameters)
     sharded = _sharded(model, checked)
     chosen = _optimizer(optimizer, before, checked, model)
@@ -99,6 +99,13 @@ def initialize(  # noqa: PLR0913 - DeepSpeed's signature
     if training_data is not None:
         engine.training_dataloader = _loader(training_data, checked, sizes, rank.rank, collate_fn)
     return engine, chosen, engine.training_dataloader, engine.lr_scheduler
+
+
+def _tell(run: CurrentRun | None, world_size: int, warnings: list[str]) -> None:
+    for warning in warnings:
+        log.warning(warning)
+    if run is not None:
+        run.record("initialized", world_size=world_size)
 
 
 def _device() -> torch.device:

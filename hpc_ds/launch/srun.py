@@ -1,7 +1,7 @@
 """Ranks as one step of a Slurm job.
 
 srun's own ``--kill-on-bad-exit`` would take 75 for a failure and kill ranks that are about to end well, so the runner
-reads srun's messages and ends the step itself; ``--wait`` remains as a net should their words ever change.
+reads srun's messages and ends the step itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 10.0
 _KILL_PATIENCE_S = 20.0
-_WAIT_S = 120
 _LAUNCH_FAILED = re.compile(r"^srun: error: .*[Ll]aunch.* failed")
 
 
@@ -42,7 +41,7 @@ def srun_command(argv: list[str], resources: Resources, options: list[str]) -> l
         f"--ntasks-per-node={resources.ranks_per_node}",
         "--export=ALL",
         "--kill-on-bad-exit=0",
-        f"--wait={_WAIT_S}",
+        "--wait=0",  # else ranks that still work when the first has finished would be killed
     ]
     if resources.cpus_per_task is not None:
         # Slurm 22.05 to 23.02 do not pass the job's value on to steps.

@@ -74,7 +74,7 @@ def _event_line(event: dict[str, Any]) -> str:
         return f"resumed at step {step}"
     if kind == "stopped":
         return f"told to stop by {event.get('told_by')}: step {step} is safe"
-    if kind == "joined":
+    if kind == "initialized":
         return f"{event.get('world_size')} ranks have met"
     if kind == "save_failed":
         return f"step {step} was not saved: {event.get('error')}"

@@ -34,7 +34,6 @@ from hpc_ds.launch.node_list import expand
 from hpc_ds.run_dir import write_atomic
 from hpc_ds.runtime import mpi, preemption
 from hpc_ds.runtime.rank import Rank, in_slurm_step, rank_from_environment
-from hpc_ds.runtime.run import CurrentRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -95,8 +94,6 @@ def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
         # A launcher that gives each rank one device shows it as number 0.
         torch.cuda.set_device(me.local_rank if torch.cuda.device_count() > 1 else 0)
     atexit.register(_leave_together)
-    if me.rank == 0 and (run := CurrentRun.from_environment()) is not None:
-        run.record("joined", world_size=me.world_size)
     if verbose and me.rank == 0:
         log.info("process group: %d ranks over %s, found by %s", me.world_size, backend, me.source)
     return me

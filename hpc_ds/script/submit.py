@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_ds.cluster.connect import scheduler_named
 from hpc_ds.cluster.shell import run as run_program
 from hpc_ds.config.load import resolved
-from hpc_ds.errors import CommandError, RunError
+from hpc_ds.errors import CommandError, RunError, SchedulerError, SubmitError
 from hpc_ds.run_dir import RunDir, read_object, write_atomic, write_json
 from hpc_ds.script.render import environment_file, render
 
@@ -46,13 +46,19 @@ def submit(job: JobConfig, site: SiteConfig, runs: Path) -> tuple[RunDir, str]:
         write_json(run.site, site.model_dump(mode="json"))
         write_json(run.provenance, _provenance(job))
         write_json(run.config, resolved(job))
-        job_id = queue(run, site)
     except BaseException as error:
         shutil.rmtree(run.root, ignore_errors=True)
         if isinstance(error, (OSError, UnicodeError)):
             words = error.strerror if isinstance(error, OSError) else "its path is not UTF-8 text"
             raise RunError(f"run folder {str(run.root)!r}: cannot be written: {words}; choose another") from None
         raise
+    try:
+        job_id = queue(run, site)
+    except SubmitError:
+        shutil.rmtree(run.root, ignore_errors=True)
+        raise
+    except SchedulerError as error:  # the job may be queued, and would need its folder
+        raise SchedulerError(f"{error}; its run folder {str(run.root)!r} is kept") from error
     run.remember()
     return run, job_id
 

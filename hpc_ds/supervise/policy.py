@@ -1,4 +1,4 @@
-"""Why an attempt ended, and what follows from it: two tables, and no clock.
+"""Why an attempt ended, and what follows from it: two tables. Elapsed time decides nothing.
 
 | cause     | how it is known                                             | what follows                                 |
 |-----------|-------------------------------------------------------------|----------------------------------------------|
@@ -8,7 +8,7 @@
 | node_failure | the same, and srun's messages name a lost node           | nothing: it starts again by itself           |
 | walltime  | the scheduler says TimeLimit; or exit 75 near the limit     | requeue; hold after three without a step     |
 | cancelled | the job is ending, for none of the reasons above            | nothing                                      |
-| stopped   | exit 75, and the scheduler knows of no reason               | requeue; hold after three without a step     |
+| stopped   | exit 75 or 143, and the scheduler knows of no reason               | requeue; hold after three without a step     |
 | crashed   | any other exit                                              | requeue after progress, else hold            |
 | lost      | the attempt was never closed                                | its successor is what follows                |
 
@@ -18,6 +18,7 @@ completed), so a preempted run is requeued by us and not by its end. Only a cras
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 _EARLY_S = 90
 _VAIN_STOPS = 3
 _ASKED = {"stopped", "walltime"}
+# 75, or dead by a signal that asks to stop, before the rank listened for it (torch takes long to load).
+_TOLD = {CHECKPOINTED, 128 + signal.SIGTERM, 128 + signal.SIGUSR2}
+_ENDING = {"CANCELLED", "COMPLETING", "COMPLETED", "DEADLINE", "REVOKED"}
 _BY_WORDS = {"PREEMPTION": "preempted", "NODE FAILURE": "node_failure"}
 
 
@@ -71,9 +75,9 @@ def cause_of(ended: Ended) -> str:
         return "finished"
     if ended.job is not None and (word := _schedulers_word(ended, ended.job)):
         return word
-    if ended.exit_code == CHECKPOINTED:
-        return "stopped"
-    return "cancelled" if ended.job is None and ended.terminated else "crashed"
+    if ended.job is None and ended.terminated and ended.exit_code != CHECKPOINTED:
+        return "cancelled"
+    return "stopped" if ended.exit_code in _TOLD else "crashed"
 
 
 def _schedulers_word(ended: Ended, job: JobState) -> str | None:
@@ -86,10 +90,12 @@ def _schedulers_word(ended: Ended, job: JobState) -> str | None:
         return "node_failure"
     if job.state == "TIMEOUT" or job.reason == "TimeLimit":
         return "walltime"
-    if job.state not in {"RUNNING", "CONFIGURING"}:
+    if job.state == "PREEMPTED":
+        return "preempted"
+    if job.state in _ENDING:
         return "cancelled"
     near_limit = job.end_time is not None and ended.now > job.end_time - ended.lead_s - _EARLY_S
-    return "walltime" if near_limit and ended.exit_code == CHECKPOINTED else None
+    return "walltime" if near_limit and ended.exit_code in _TOLD else None
 
 
 def action_after(

@@ -27,6 +27,8 @@ def resume(run: RunDir) -> str:
     site = load_site(str(run.site))
     scheduler, job_id = scheduler_named(site.scheduler, run), str(read_object(run.job).get("job_id", ""))
     job = scheduler.show(job_id) if job_id else None
+    if job is not None and job.state == "COMPLETING":
+        raise RunError(f"run {str(run.root)!r}: job {job_id} is ending; try again in a moment")
     if job is not None and job.active and not job.held:
         raise RunError(f"run {str(run.root)!r}: job {job_id} is {job.state.lower()}; it goes on by itself")
     if job is not None and job.held and site.scheduler == "slurm":

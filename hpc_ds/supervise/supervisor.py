@@ -113,7 +113,7 @@ class Supervisor:
         return 0 if cause == "finished" else exit_code
 
     def _joined(self) -> bool:
-        """Whether the run's program uses our engine or process group, so that its steps can be counted."""
+        """Whether the run's program uses our engine, so that its steps can be counted."""
         return self._run.events.exists()
 
     def _runner(self, number: int) -> Runner:
@@ -151,7 +151,7 @@ class Supervisor:
                 if self._told is not None and not self._told.active:
                     runner.terminate()  # nobody else will: the scheduler has no such job any more
             if time.monotonic() - self._deadline_at > _DEADLINE_EVERY_S:
-                self._write_deadline(self._ask(patience_s=0))
+                self._refresh_deadline()
         return exit_code
 
     def _hear_the_end(self) -> None:
@@ -171,6 +171,13 @@ class Supervisor:
                 if time.monotonic() > deadline:
                     return None
                 time.sleep(1.0)
+
+    def _refresh_deadline(self) -> None:
+        """The limit can be changed meanwhile; a scheduler that does not answer has not changed it."""
+        job = self._ask(patience_s=0)
+        self._deadline_at = time.monotonic()
+        if job is not None:
+            self._write_deadline(job)
 
     def _write_deadline(self, job: JobState | None) -> None:
         self._deadline_at = time.monotonic()
@@ -197,10 +204,11 @@ class Supervisor:
                     _say(f"{action} was given up; `hpcds resume {self._run.root}` continues the run")
                     return
                 time.sleep(2.0)
-        _say(
-            f"{action}: the scheduler took it" if self._queued_again(restarts) else f"{action}: asked for, not yet seen"
-        )
-        self._hold_still()
+        if self._queued_again(restarts):
+            _say(f"{action}: the scheduler took it")
+        else:
+            _say(f"{action}: asked for, not yet seen")
+            _hold_still()
 
     def _queued_again(self, restarts: int) -> bool:
         """Look for a moment whether the scheduler really did it: only then is it said."""
@@ -211,12 +219,14 @@ class Supervisor:
             time.sleep(0.2)
         return False
 
-    def _hold_still(self) -> None:
-        """Wait to be ended: leaving first would end the job instead of requeueing it."""
-        deadline = time.monotonic() + _HELD_STILL_FOR_S
-        while not self._terminated and time.monotonic() < deadline:
-            woken = signal.sigtimedwait(_WAKE, 1.0)
-            self._terminated = woken is not None and woken.si_signo == signal.SIGTERM
+
+def _hold_still() -> None:
+    """Wait to be ended: leaving before the scheduler has taken a requeue would end the job instead."""
+    deadline = time.monotonic() + _HELD_STILL_FOR_S
+    while time.monotonic() < deadline:
+        woken = signal.sigtimedwait(_WAKE, 1.0)
+        if woken is not None and woken.si_signo == signal.SIGTERM:
+            return
 
 
 def _first(failure: Failure) -> str:

@@ -203,4 +203,4 @@ def test_the_states_in_which_something_will_still_happen() -> None:
     assert JobState("PENDING").active
     assert JobState("COMPLETING").active
     assert not any(JobState(state).active for state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"))
-    assert len(ACTIVE) == 8
+    assert len(ACTIVE) == 12

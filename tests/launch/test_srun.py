@@ -41,7 +41,7 @@ def test_the_step_takes_the_whole_allocation() -> None:
         "--ntasks-per-node=4",
         "--export=ALL",
         "--kill-on-bad-exit=0",
-        "--wait=120",
+        "--wait=0",
         "--cpus-per-task=16",
         "--mpi=none",
     ]

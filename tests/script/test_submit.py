@@ -16,7 +16,7 @@ from fakes import fake_program
 from hpc_ds.config.job import JobConfig
 from hpc_ds.config.load import load_resolved, load_site
 from hpc_ds.config.model import check
-from hpc_ds.errors import ConfigError, ParseError, RunError, SiteError, SubmitError
+from hpc_ds.errors import ConfigError, RunError, SchedulerError, SiteError, SubmitError
 from hpc_ds.run_dir import RunDir, read_object
 from hpc_ds.script.submit import preview, queue, submit
 
@@ -112,12 +112,20 @@ FAILURES: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         "sbatch: refused the job: Batch job submission failed: Invalid partition name specified; change the job",
     ),
     "silent": ("exit 1", {}, SubmitError, "sbatch: refused the job: it said nothing"),
-    "junk": ("echo welcome to the cluster", {}, ParseError, "sbatch answer 'welcome to the cluster"),
-    "mute": ("true", {}, ParseError, "sbatch answer ''"),
     "too short": ("echo 1", {"resources": {"time": "0:10"}}, ConfigError, "resources.time '0:10'"),
     "variable": ("echo 1", {"env_from": ["NOT_THERE"]}, ConfigError, "env_from 'NOT_THERE'"),
     "half a letter": ("echo 1", {"args": ["\ud800"]}, ConfigError, "args"),
 }
+
+
+@pytest.mark.parametrize("answer", ["echo welcome to the cluster", "true"])
+def test_a_job_that_may_be_queued_keeps_its_folder(answer: str, folder: Path) -> None:
+    """sbatch said yes, but not which job: it will want its script."""
+    fake_program(folder / "bin", "sbatch", answer)
+    with pytest.raises(SchedulerError, match=r"no job id in it; .* is kept"):
+        submit(job_of(folder), SLURM, folder / "runs")
+    (run,) = (folder / "runs").iterdir()
+    assert (run / "script.sbatch").is_file()
 
 
 @pytest.mark.parametrize("name", FAILURES)
