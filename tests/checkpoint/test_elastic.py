@@ -221,7 +221,7 @@ def test_a_run_goes_on_at_another_world_size_and_stage(
         assert [step["rate"] for step in rank["records"]] == wanted["rates"][SAVED:]
         for when, count in (("loaded", SAVED), ("finished", LAST)):
             samples = count * TRAIN_BATCH
-            data = {"samples": samples, "epoch": samples // SAMPLES}
+            data = {"samples": samples, "epoch": samples // SAMPLES, "seed": 0, "length": SAMPLES}
             assert rank[when] == {"steps": count, "samples": samples, "skipped": 0, "data": data}
         assert distance(rank["weights"], wanted["weights"]) < 1e-6
 
