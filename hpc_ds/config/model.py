@@ -141,6 +141,18 @@ def _fields(annotation: object) -> dict[str, object] | None:
     return None
 
 
+def section_of(annotation: object) -> type[Model] | None:
+    """The model in an annotation: itself, or the one member of a union that is one."""
+    if isinstance(annotation, type) and issubclass(annotation, Model):
+        return annotation
+    if get_origin(annotation) in {Union, types.UnionType}:
+        for member in get_args(annotation):
+            found = section_of(member)
+            if found is not None:
+                return found
+    return None
+
+
 def _is_mapping(annotation: object) -> bool:
     members = get_args(annotation) if get_origin(annotation) in {Union, types.UnionType} else (annotation,)
     return any(get_origin(member) is dict or member is dict for member in members)

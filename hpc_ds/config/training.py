@@ -1,218 +1,177 @@
 """The training config: DeepSpeed's JSON keys, spelling and defaults.
 
-Three tables decide about keys: the models below are what the engine does; ``ACCEPTED`` are known keys that change
-nothing here, each with the reason (one warning); ``REFUSED`` are known keys that would change results or memory.
-Anything else is unknown and refused with the nearest known key.
+A key is a field of a model here or in ``sections.py`` (the engine does it), or stands in one of the two tables of
+``known_keys.py`` (accepted without effect, or refused). Anything else is unknown and refused with the nearest known
+key. docs/config.md is made from these (``table.py``).
 
 Source: https://www.deepspeed.ai/docs/config-json, and the defaults of release 0.19.8.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
-from hpc_ds.config.model import Model, check, key_in_words, nearest
+from hpc_ds.config.batch import BatchSizes, resolve_batch_sizes
+from hpc_ds.config.known_keys import ACCEPTED, ALIASES, DEPRECATED, REFUSED, REFUSED_VALUES
+from hpc_ds.config.known_names import (
+    OPTIMIZERS,
+    REFUSED_OPTIMIZERS,
+    REQUIRED,
+    SCHEDULE_EXTRAS,
+    SCHEDULES,
+    TORCH_OPTIMIZERS,
+    TORCH_SCHEDULES,
+)
+from hpc_ds.config.model import Model, check, key_in_words, nearest, section_of
+from hpc_ds.config.sections import (
+    AboveZero,
+    ActivationCheckpointingConfig,
+    AutocastConfig,
+    Bf16Config,
+    CheckpointSection,
+    CompileConfig,
+    DataTypesConfig,
+    FileMonitorConfig,
+    FlopsProfilerConfig,
+    Fp16Config,
+    LogLevel,
+    NonNegative,
+    OptimizerConfig,
+    Positive,
+    ReduceOp,
+    SchedulerConfig,
+    Type,
+    WandbConfig,
+    Whole,
+    ZeroConfig,
+)
+from hpc_ds.config.spelling import Spelled, look_up, spelled
 from hpc_ds.errors import ConfigError
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
-_BUCKETS = "FSDP2 communicates one bucket a block"
-_FSDP2 = "FSDP2 decides this by itself"
-
-ACCEPTED = {
-    "zero_allow_untested_optimizer": "any torch optimizer may be sharded",
-    "zero_force_ds_cpu_optimizer": "there is no special CPU optimizer to force",
-    "disable_allgather": "it has no effect in DeepSpeed either",
-    "wall_clock_breakdown": "step times are in the run's events",
-    "memory_breakdown": "it prints, and changes nothing",
-    "dump_state": "the effective config is in the run folder",
-    "zero_optimization.contiguous_gradients": _FSDP2,
-    "zero_optimization.reduce_scatter": _FSDP2,
-    "zero_optimization.reduce_bucket_size": _BUCKETS,
-    "zero_optimization.allgather_partitions": _FSDP2,
-    "zero_optimization.allgather_bucket_size": _BUCKETS,
-    "zero_optimization.allgather_size": _BUCKETS,
-    "zero_optimization.use_multi_rank_bucket_allreduce": _BUCKETS,
-    "zero_optimization.overlap_comm": "communication always overlaps where the device can",
-    "zero_optimization.round_robin_gradients": _FSDP2,
-    "zero_optimization.load_from_fp32_weights": "master parameters are always fp32",
-    "zero_optimization.elastic_checkpoint": "every checkpoint loads at any world size",
-    "zero_optimization.ignore_unused_parameters": "unused parameters are always allowed",
-    "zero_optimization.sub_group_size": _BUCKETS,
-    "zero_optimization.memory_efficient_linear": _FSDP2,
-    "zero_optimization.stage3_prefetch_bucket_size": _BUCKETS,
-    "zero_optimization.stage3_param_persistence_threshold": _BUCKETS,
-    "zero_optimization.stage3_model_persistence_threshold": _BUCKETS,
-    "zero_optimization.stage3_max_live_parameters": _FSDP2,
-    "zero_optimization.stage3_max_reuse_distance": _FSDP2,
-    "managed_gradient_accumulation": "the engine always counts micro-batches",
-    "fp16.auto_cast": "floating-point inputs are always cast",
-    "log_level": "logging is the script's own",
-    "vocabulary_size": "it only warns, about a size that is not a multiple of 8",
-    "timers": "step times are in the run's events",
-    "seq_parallel_communication_data_type": "there is no sequence parallelism",
-    "checkpoint.use_node_local_storage": "each rank writes its own shards",
-    "checkpoint.parallel_write": "each rank writes its own shards",
-    "checkpoint.load_universal": "every checkpoint loads at any world size",
-    "zero_optimization.legacy_stage1": "there is one stage 1",
-    "zero_optimization.pipeline_loading_checkpoint": "loading always reads shards",
-    "zero_optimization.override_module_apply": _FSDP2,
-    "zero_optimization.log_trace_cache_warnings": "there is no trace to warn about",
-    "zero_optimization.stage3_module_granularity_threshold": _BUCKETS,
-    "zero_optimization.stage3_use_all_reduce_for_fetch_params": _FSDP2,
-    "zero_optimization.stage3_allgather_sequential": _FSDP2,
-    "zero_optimization.cpu_offload_use_pin_memory": "there is no offloading in this version",
-    "zero_optimization.enable_sanity_checks": "checks are always on",
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "save_16bit_model always gathers",
-    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "save_16bit_model always gathers",
-}
-
-REFUSED = {
-    "zero_optimization.offload_optimizer": "offloading is not supported in this version",
-    "zero_optimization.offload_param": "offloading is not supported in this version",
-    "zero_optimization.cpu_offload": "offloading is not supported in this version",
-    "zero_optimization.cpu_offload_param": "offloading is not supported in this version",
-    "zero_optimization.leaf_module": "ZeRO leaf modules are not supported in this version",
-    "zero_optimization.zero_quantized_nontrainable_weights": "ZeRO++ is not supported",
-    "fp16.fp16_master_weights_and_grads": "master parameters are always fp32",
-    "bf16.immediate_grad_update": "gradients are reduced by the ZeRO stage",
-    "bf16.bf16_master_weights_and_grads": "master parameters are always fp32",
-    "bf16.bf16_optimizer_states": "optimizer states are always fp32",
-    "gradient_allreduce_op": "gradients are averaged",
-    "zero_optimization.zenflow": "ZenFlow is not supported",
-    "zero_optimization.zero_hpz_partition_size": "ZeRO++ is not supported",
-    "zero_optimization.zero_quantized_weights": "ZeRO++ is not supported",
-    "zero_optimization.zero_quantized_gradients": "ZeRO++ is not supported",
-    "prescale_gradients": "gradients are averaged after the sum, in fp32",
-    "gradient_predivide_factor": "gradients are averaged after the sum, in fp32",
-    "sparse_gradients": "sparse gradients are not supported",
-    "amp": 'Apex AMP is not supported; use "fp16" or "bf16"',
-    "torch_autocast": 'autocast is not supported in this version; use "fp16" or "bf16"',
-    "data_types": "other data types are not supported in this version",
-    "activation_checkpointing": "it is not supported in this version; use torch.utils.checkpoint in the model",
-    "pipeline": "pipeline parallelism is not supported",
-    "tensor_parallel": "tensor parallelism is not supported",
-    "elasticity": "not needed: every checkpoint loads at any world size",
-    "autotuning": "autotuning is not supported",
-    "compression_training": "compression is not supported",
-    "curriculum_learning": "curriculum learning is not supported",
-    "data_efficiency": "data efficiency is not supported",
-    "hybrid_engine": "the hybrid engine is not supported",
-    "compile": "compile is not supported in this version; pass a compiled module",
-    "flops_profiler": "the flops profiler is not supported in this version",
-    "tensorboard": "monitors are not supported in this version; read events.jsonl",
-    "csv_monitor": "monitors are not supported in this version; read events.jsonl",
-    "wandb": "monitors are not supported in this version; read events.jsonl",
-    "comet": "monitors are not supported in this version; read events.jsonl",
-    "comms_logger": "the communication logger is not supported in this version",
-    "aio": "NVMe offload is not supported",
-    "quantize_training": "quantized training is not supported",
-    "eigenvalue": "quantized training is not supported",
-}
-
-# What a refused key says when it asks for nothing.
-_IDLE: dict[str, Any] = {
-    "gradient_predivide_factor": 1.0,
-    "zero_optimization.zero_hpz_partition_size": 1,
-    "gradient_allreduce_op": "mean",
-}
-_DEEPEST = 20
-
-
-class OptimizerConfig(Model):
-    """``{"type": "AdamW", "params": {"lr": 1e-3}}``."""
-
-    type: str
-    params: dict[str, Any] = Field(default_factory=dict)
-    legacy_fusion: bool = Field(False, description="accepted; there is one implementation of each optimizer")  # noqa: FBT003
-
-
-class SchedulerConfig(Model):
-    """``{"type": "WarmupDecayLR", "params": {"total_num_steps": 1000}}``."""
-
-    type: str
-    params: dict[str, Any] = Field(default_factory=dict)
-
-
-class Fp16Config(Model):
-    """fp16 compute with loss scaling; ``loss_scale`` 0 is dynamic."""
-
-    enabled: bool = False
-    loss_scale: NonNegative = 0.0
-    initial_scale_power: Annotated[int, Field(ge=0, le=60)] = 16
-    loss_scale_window: Positive = 1000
-    hysteresis: Positive = 2
-    consecutive_hysteresis: bool = False
-    min_loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-
-
-class Bf16Config(Model):
-    """bf16 compute; there is no loss scale."""
-
-    enabled: bool = False
-    check_grad_overflow: bool = True
-
-
-class ZeroConfig(Model):
-    """What is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
-
-    stage: Literal[0, 1, 2, 3] = 0
-
-
-class CheckpointSection(Model):
-    """DeepSpeed's ``checkpoint`` section, as far as it has a meaning here."""
-
-    tag_validation: Literal["Ignore", "Warn", "Fail", "IGNORE", "WARN", "FAIL", "ignore", "warn", "fail"] = "Warn"
+__all__ = [
+    "ACCEPTED",
+    "REFUSED",
+    "BatchSizes",
+    "Bf16Config",
+    "Fp16Config",
+    "OptimizerConfig",
+    "Reading",
+    "SchedulerConfig",
+    "TrainingConfig",
+    "ZeroConfig",
+    "load_training",
+    "read_training",
+    "resolve_batch_sizes",
+    "sections",
+]
 
 
 class TrainingConfig(Model):
     """One training config, checked."""
 
-    train_batch_size: Positive | None = None
-    train_micro_batch_size_per_gpu: Positive | None = None
-    gradient_accumulation_steps: Positive | None = None
+    train_batch_size: Positive | None = Field(None, description="samples in one step of the optimizer, over all ranks")
+    train_micro_batch_size_per_gpu: Positive | None = Field(None, description="samples in one forward of one rank")
+    gradient_accumulation_steps: Positive | None = Field(None, description="forwards and backwards in one step")
     optimizer: OptimizerConfig | None = None
     scheduler: SchedulerConfig | None = None
     fp16: Fp16Config = Field(default_factory=Fp16Config)
     bf16: Bf16Config = Field(default_factory=Bf16Config)
-    gradient_clipping: NonNegative = 1.0
-    zero_optimization: ZeroConfig = Field(default_factory=ZeroConfig)
-    communication_data_type: Literal["fp16", "bf16", "fp32"] | None = None
-    steps_per_print: Annotated[float, Field(gt=0)] | None = None
-    dataloader_drop_last: bool = False
+    torch_autocast: AutocastConfig = Field(default_factory=AutocastConfig)
+    gradient_clipping: NonNegative = Field(1.0, description="largest norm of all gradients together; 0: no clipping")
+    prescale_gradients: bool = Field(default=False, description="divide gradients before they are summed, not after")
+    gradient_predivide_factor: AboveZero = Field(
+        1.0, description="divide gradients by it before the sum, and by the rest of the world size after"
+    )
+    gradient_allreduce_op: ReduceOp = Field(
+        "mean", description='"mean" of the ranks\' gradients, or their "sum" (not at stage 3)'
+    )
+    communication_data_type: Type | None = Field(
+        None, description="type in which gradients are reduced; `null`: that of the gradients"
+    )
+    data_types: DataTypesConfig = Field(default_factory=DataTypesConfig)
+    zero_optimization: ZeroConfig = Field(
+        default_factory=ZeroConfig, description="`true` is stage 1 and `false` stage 0, with a warning"
+    )
+    activation_checkpointing: ActivationCheckpointingConfig = Field(default_factory=ActivationCheckpointingConfig)
+    compile: CompileConfig = Field(default_factory=CompileConfig)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
-    seed: int = Field(0, description="of the data order; this key is ours")
+    dataloader_drop_last: bool = Field(default=False, description="leave out the last samples where they fill no batch")
+    steps_per_print: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="print progress every so many steps; `null` or 0: never"
+    )
+    wall_clock_breakdown: bool = Field(default=False, description="time forward, backward and step")
+    dump_state: bool = Field(default=False, description="print the effective config on rank 0")
+    log_level: LogLevel | None = Field(None, description="level of our log; `null`: as the script set it")
+    flops_profiler: FlopsProfilerConfig = Field(default_factory=FlopsProfilerConfig)
+    tensorboard: FileMonitorConfig = Field(default_factory=FileMonitorConfig)
+    csv_monitor: FileMonitorConfig = Field(default_factory=FileMonitorConfig)
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+    seed: Whole = Field(0, description="ours: of the data order")
+
+    @property
+    def compute(self) -> str:
+        """The type of forward and backward: ``fp16``, ``bf16``, or ``fp32`` where the module's own is meant."""
+        if self.fp16.enabled:
+            return "fp16"
+        return "bf16" if self.bf16.enabled else "fp32"
 
     @model_validator(mode="after")
     def _one_precision(self) -> TrainingConfig:
         if self.fp16.enabled and self.bf16.enabled:
             raise ValueError("fp16.enabled, bf16.enabled: both are true; enable one of them")
+        asked = self.data_types.param_dtype
+        if asked not in {None, self.compute}:
+            raise ValueError(
+                f"data_types.param_dtype {asked!r}: parameters compute in {self.compute!r}; enable fp16 or bf16, or leave "
+                "param_dtype out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stage_allows(self) -> TrainingConfig:
+        zero = self.zero_optimization
+        if zero.stage == 3 and self.gradient_allreduce_op == "sum":
+            raise ValueError("gradient_allreduce_op 'sum': not supported at ZeRO stage 3; use 'mean', or a lower stage")
+        for name, section, lowest in (
+            ("offload_optimizer", zero.offload_optimizer, 1),
+            ("offload_param", zero.offload_param, 3),
+        ):
+            if section.device != "none" and zero.stage < lowest:
+                raise ValueError(
+                    f"zero_optimization.{name}.device {section.device!r}: ZeRO stage {zero.stage} cannot offload this; "
+                    f"use stage {lowest if lowest == 3 else '1, 2 or 3'}"
+                )
         return self
 
 
-_SECTIONS: dict[str, type[Model]] = {
-    "": TrainingConfig,
-    "zero_optimization": ZeroConfig,
-    "fp16": Fp16Config,
-    "bf16": Bf16Config,
-    "checkpoint": CheckpointSection,
-    "optimizer": OptimizerConfig,
-}
-
-
 @dataclass(frozen=True, slots=True)
-class BatchSizes:
-    """The batch arithmetic of a run: ``train = micro * accumulation * world_size``, all in samples but the last two."""
+class Reading:
+    """A config, and how it was written.
 
-    train: int
-    micro: int
-    accumulation: int
-    world_size: int
+    Attributes:
+        config: the checked config.
+        warnings: one for each key that was accepted and does nothing, or was written in an old way.
+        spelled: the data in today's spelling, with what was "auto" and what was old.
+    """
+
+    config: TrainingConfig
+    warnings: list[str]
+    spelled: Spelled
+
+    def source(self, key: str) -> str:
+        """Where the value of a dotted key comes from: ``file``, ``auto``, ``default``, or an old spelling."""
+        if key in self.spelled.old:
+            return f"deprecated spelling {self.spelled.old[key]}"
+        parts = key.split(".")
+        if any(".".join(parts[: end + 1]) in self.spelled.autos for end in range(len(parts))):
+            return "auto"
+        return "file" if look_up(self.spelled.data, key)[0] else "default"
 
 
 def load_training(data: dict[str, Any], file: str = "training config") -> tuple[TrainingConfig, list[str]]:
@@ -224,110 +183,134 @@ def load_training(data: dict[str, Any], file: str = "training config") -> tuple[
     Raises:
         ConfigError: an unknown or refused key, or a value out of range.
     """
-    data = _without_auto(data, file)
-    data, renamed = _respelled(data, file)
-    _refuse_unknown(data, file)
-    _refuse(data, file)
-    data, ignored = _without_accepted(data)
-    warnings = renamed + [f"{file}: {key}: has no effect, because {ACCEPTED[key]}" for key in ignored]
-    return check(TrainingConfig, data, file), warnings
+    reading = read_training(data, file)
+    return reading.config, reading.warnings
 
 
-def resolve_batch_sizes(config: TrainingConfig, world_size: int) -> BatchSizes:
-    """Fill in what is missing of the three batch sizes, and check them against each other.
+def read_training(data: Mapping[str, Any], file: str = "training config") -> Reading:
+    """Check a DeepSpeed config, and remember how it was written.
 
     Raises:
-        ConfigError: none is given, or they contradict each other; all four numbers are named.
+        ConfigError: an unknown or refused key, or a value out of range.
     """
-    train, micro = config.train_batch_size, config.train_micro_batch_size_per_gpu
-    accumulation = config.gradient_accumulation_steps
-    if train is None and micro is None:
-        raise ConfigError(
-            "train_batch_size, train_micro_batch_size_per_gpu: neither is given; give at least one",
-            key="train_batch_size",
-        )
-    if micro is None:
-        micro = max((train or 0) // world_size // (accumulation or 1), 1)
-    if accumulation is None:
-        accumulation = 1 if train is None else max(train // micro // world_size, 1)
-    if train is None:
-        train = micro * accumulation * world_size
-    if train != micro * accumulation * world_size:
-        raise ConfigError(
-            f"train_batch_size {train}: not train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps "
-            f"{accumulation} x world size {world_size} = {micro * accumulation * world_size}; make them agree, or leave "
-            "one of the three sizes out",
-            key="train_batch_size",
-            value=train,
-        )
-    return BatchSizes(train, micro, accumulation, world_size)
+    found = spelled(data, file)
+    _refuse_unknown(found.data, file)
+    _refuse(found.data, file)
+    kept, ignored = _without_accepted(found.data)
+    config: TrainingConfig = check(TrainingConfig, kept, file)
+    warnings = found.warnings + [f"{file}: {key}: has no effect, because {ACCEPTED[key].reason}" for key in ignored]
+    return Reading(config, warnings + _check_names(config, found, file), found)
 
 
-def _without_auto(data: dict[str, Any], file: str, depth: int = 0) -> dict[str, Any]:
-    """Without what is "auto": the default is meant (a Trainer that fills it in has done so by now)."""
-    if depth > _DEEPEST:
-        raise ConfigError(f"{file}: nested more than {_DEEPEST} sections deep; no key stands there", file=file)
-    return {
-        key: _without_auto(value, file, depth + 1) if isinstance(value, dict) else value
-        for key, value in data.items()
-        if value != "auto"
-    }
+def sections() -> Iterator[tuple[str, type[Model]]]:
+    """Every section: its dotted key with a dot behind it ("" for the top), and its model."""
+    yield from _sections(TrainingConfig, "")
 
 
-def _respelled(data: dict[str, Any], file: str) -> tuple[dict[str, Any], list[str]]:
-    data = dict(data)
-    if "bf16" in data and "bfloat16" in data:
-        raise ConfigError(f"{file}: bf16, bfloat16: two names of one section; keep bf16", file=file, key="bfloat16")
-    if "bfloat16" in data:
-        data["bf16"] = data.pop("bfloat16")
-    # accelerate passes infinity for "never".
-    if data.get("steps_per_print") in (math.inf, 0):
-        data["steps_per_print"] = None
-    zero = data.get("zero_optimization")
-    if isinstance(zero, bool):
-        stage = int(zero)
-        data["zero_optimization"] = {"stage": stage}
-        return data, [f'zero_optimization {str(zero).lower()}: read as stage {stage}; write {{"stage": {stage}}}']
-    return data, []
+def _sections(model: type[Model], at: str) -> Iterator[tuple[str, type[Model]]]:
+    yield at, model
+    for name, field in model.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is not None:
+            yield from _sections(inner, f"{at}{name}.")
 
 
 def _refuse_unknown(data: dict[str, Any], file: str) -> None:
     """Unknown keys, before the models see them: keys that are only listed can be meant as well."""
-    for section, model in _SECTIONS.items():
-        holder = data.get(section) if section else data
-        listed = [key.rpartition(".") for key in (*ACCEPTED, *REFUSED)]
+    listed = [key.rpartition(".") for key in (*ACCEPTED, *REFUSED, *ALIASES, *DEPRECATED)]
+    for at, model in sections():
+        section = at.removesuffix(".")
+        holder = look_up(data, section)[1] if section else data
         known = {*model.model_fields, *(name for of, _, name in listed if of == section)}
         for name in holder if isinstance(holder, dict) else ():
             if name not in known:
-                key = f"{section}.{name}" if section else name
-                cure = nearest(name, list(known))
-                raise ConfigError(f"{file}: {key_in_words(key)}: unknown key; {cure}", file=file, key=key)
+                key = f"{at}{name}"
+                raise ConfigError(f"{file}: {key_in_words(key)}: unknown key; {_cure(name, known)}", file=file, key=key)
+
+
+def _cure(name: str, known: set[str]) -> str:
+    """The key that was meant: in another section by this very name, else the nearest here."""
+    elsewhere = [f"{at}{name}" for at, model in sections() if at and name in model.model_fields]
+    return f"did you mean {elsewhere[0]!r}?" if len(elsewhere) == 1 else nearest(name, list(known))
 
 
 def _refuse(data: dict[str, Any], file: str) -> None:
-    for key, reason in REFUSED.items():
-        found, value = _look_up(data, key)
-        idle = value is None or value is False or value == {} or (key in _IDLE and value == _IDLE[key])
-        if found and not idle and not _switched_off(value):
+    for key, (default, reason) in REFUSED.items():
+        found, value = look_up(data, key)
+        if found and not _asks_nothing(value, default):
             raise ConfigError(f"{file}: {key}: refused, because {reason}", file=file, key=key, value=value)
+    for (key, word), reason in REFUSED_VALUES.items():
+        if look_up(data, key)[1] == word:
+            raise ConfigError(f"{file}: {key} {word!r}: refused, because {reason}", file=file, key=key, value=word)
 
 
-def _switched_off(value: object) -> bool:
-    """Whether a section says itself that it is off."""
-    return isinstance(value, dict) and (value.get("enabled") is False or value.get("device") == "none")
+def _asks_nothing(value: object, default: object) -> bool:
+    if value is None or value is False or value == {}:
+        return True
+    if isinstance(value, dict):
+        section = {**default, **value} if isinstance(default, dict) else value
+        return section.get("enabled") is False or section.get("device") == "none"
+    return not isinstance(value, bool) and value == default
 
 
 def _without_accepted(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Without the keys that do nothing: those of ``ACCEPTED`` (named), and refused ones that are switched off."""
-    data = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
-    ignored = [key for key in ACCEPTED if _look_up(data, key)[0]]
-    for key in (*ignored, *(key for key in REFUSED if _look_up(data, key)[0])):
-        section, _, name = key.rpartition(".")
-        (data[section] if section else data).pop(name)
+    ignored = [key for key in ACCEPTED if look_up(data, key)[0]]
+    for key in (*ignored, *(key for key in REFUSED if look_up(data, key)[0])):
+        data = _without(data, key.split("."))
     return data, ignored
 
 
-def _look_up(data: dict[str, Any], key: str) -> tuple[bool, Any]:
-    section, _, name = key.rpartition(".")
-    holder = data.get(section) if section else data
-    return (True, holder[name]) if isinstance(holder, dict) and name in holder else (False, None)
+def _without(data: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    if len(path) == 1:
+        return {key: value for key, value in data.items() if key != path[0]}
+    return {**data, path[0]: _without(data[path[0]], path[1:])}
+
+
+def _check_names(config: TrainingConfig, found: Spelled, file: str) -> list[str]:
+    """Warnings about names that only an installed torch may know.
+
+    Raises:
+        ConfigError: a name that we refuse, or a wrong parameter of one of our schedules.
+    """
+    warnings = []
+    if config.optimizer is not None:
+        name = config.optimizer.type
+        if name.lower() in REFUSED_OPTIMIZERS:
+            reason = REFUSED_OPTIMIZERS[name.lower()]
+            raise ConfigError(
+                f"{file}: optimizer.type {name!r}: refused, because {reason}",
+                file=file,
+                key="optimizer.type",
+                value=name,
+            )
+        known = {*OPTIMIZERS, *TORCH_OPTIMIZERS}
+        if name.lower() not in {word.lower() for word in known}:
+            warnings.append(_unsure(file, "optimizer.type", name, "torch.optim", sorted(known)))
+    if config.scheduler is not None:
+        name, known = config.scheduler.type, {*SCHEDULES, *TORCH_SCHEDULES}
+        if name in SCHEDULES:
+            _check_schedule(config.scheduler, found, file)
+        elif name not in known:
+            warnings.append(_unsure(file, "scheduler.type", name, "torch.optim.lr_scheduler", sorted(known)))
+    return warnings
+
+
+def _unsure(file: str, key: str, name: str, where: str, known: list[str]) -> str:
+    return f"{file}: {key} {name!r}: not known here; the engine looks for it in {where}: {nearest(name, known)}"
+
+
+def _check_schedule(scheduler: SchedulerConfig, found: Spelled, file: str) -> None:
+    known = SCHEDULES[scheduler.type]
+    for name in scheduler.params:
+        if name not in known and name not in SCHEDULE_EXTRAS:
+            key = f"scheduler.params.{name}"
+            raise ConfigError(
+                f"{file}: {key_in_words(key)}: unknown to {scheduler.type}; {nearest(name, list(known))}",
+                file=file,
+                key=key,
+            )
+    for name, default in known.items():
+        key = f"scheduler.params.{name}"
+        if default is REQUIRED and name not in scheduler.params and not found.autos & {key, "scheduler.params"}:
+            raise ConfigError(f"{file}: {key}: missing; {scheduler.type} needs it", file=file, key=key)

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_ds.config.job import JobConfig
+from hpc_ds.config.known_keys import ACCEPTED, ALIASES, DEPRECATED, REFUSED
 from hpc_ds.config.load import build_job, resolved
 from hpc_ds.config.model import check
-from hpc_ds.config.training import ACCEPTED, REFUSED, TrainingConfig, load_training, resolve_batch_sizes
+from hpc_ds.config.training import TrainingConfig, load_training, resolve_batch_sizes, sections
 from hpc_ds.errors import ConfigError
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +42,22 @@ SECTIONS = {
 }  # fmt: skip
 
 
+# Section of the training config -> the last parts of the keys that stand somewhere below it.
+BELOW: dict[str, list[str]] = {}
+for _key in sorted(
+    {
+        *ACCEPTED,
+        *REFUSED,
+        *ALIASES,
+        *DEPRECATED,
+        *(f"{at}{name}" for at, model in sections() for name in keys_of(model)),
+    }
+):
+    _section, _, _rest = _key.partition(".")
+    if _rest:
+        BELOW.setdefault(_section, []).append(_rest.rpartition(".")[2])
+
+
 @st.composite
 def jobs(draw: st.DrawFn) -> dict[str, Any]:
     """A job with keys that exist, and anything in them."""
@@ -58,8 +75,8 @@ def trainings(draw: st.DrawFn) -> dict[str, Any]:
     )
     data = draw(st.dictionaries(known | st.text(max_size=3), ANYTHING, max_size=5))
     if draw(st.booleans()):
-        below = sorted(key.partition(".")[2] for key in (*ACCEPTED, *REFUSED) if "." in key)
-        data["zero_optimization"] = draw(st.dictionaries(st.sampled_from([*below, "stage"]), ANYTHING, max_size=4))
+        for section in draw(st.sets(st.sampled_from(sorted(BELOW)), max_size=2)):
+            data[section] = draw(st.dictionaries(st.sampled_from(BELOW[section]), ANYTHING, max_size=4))
     return data
 
 
@@ -101,3 +118,4 @@ def test_any_training_config_is_taken_or_refused_in_one_sentence(data: dict[str,
 def test_the_fuzz_knows_the_keys() -> None:
     assert "nodes" in SECTIONS["resources"]
     assert "async" in SECTIONS["checkpoint"]
+    assert {"stage", "device", "cpu_offload", "overlap_comm", "max_live_parameters"} <= set(BELOW["zero_optimization"])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpc_ds.config.training import ACCEPTED, REFUSED, TrainingConfig, load_training, resolve_batch_sizes
+from hpc_ds.config.known_keys import ACCEPTED, ALIASES, DEPRECATED, REFUSED
+from hpc_ds.config.training import TrainingConfig, load_training, sections
 from hpc_ds.errors import ConfigError
 
 
@@ -16,7 +19,16 @@ def section(key: str, value: Any) -> dict[str, Any]:
     """``a.b`` and 1 -> ``{"a": {"b": 1}}``."""
     for part in reversed(key.split(".")):
         value = {part: value}
+    # These sections are not complete without a type.
+    for name, kind in (("optimizer", "AdamW"), ("scheduler", "WarmupLR")):
+        if isinstance(value.get(name), dict):
+            value[name].setdefault("type", kind)
     return value
+
+
+# What a config is that says nothing in this key's section.
+def nothing(key: str) -> TrainingConfig:
+    return load_training({"optimizer": {"type": "AdamW"}} if key.startswith("optimizer.") else {})[0]
 
 
 # What stands under zero_optimization -> the stage.
@@ -31,6 +43,8 @@ STAGES: list[tuple[Any, int]] = [
     (True, 1),
     (False, 0),
     ({"stage": 2, "overlap_comm": True, "reduce_bucket_size": 5e8}, 2),
+    ({"stage": "2"}, 2),
+    ({"stage": 3.0}, 3),
 ]
 
 
@@ -50,7 +64,9 @@ def test_a_bare_true_or_false_is_warned_about(given: bool) -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage 4: not one of the choices; use 0, 1, 2 or 3"),
-    ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage '2': not one of the choices"),
+    ({"zero_optimization": {"stage": "4"}}, "zero_optimization.stage '4': not one of the choices"),
+    ({"zero_optimization": {"stage": True}}, "zero_optimization.stage True: not a ZeRO stage; use 0, 1, 2 or 3"),
+    ({"zero_optimization": {"stage": 1.5}}, "zero_optimization.stage 1.5: not one of the choices"),
     ({"zero_optimization": {"stage": -1}}, "zero_optimization.stage -1: not one of the choices"),
     ({"zero_optimization": 2}, "zero_optimization 2: not a section; give a section in { }"),
     ({"zero_optimization": None}, "zero_optimization None: not a section"),
@@ -81,6 +97,88 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"type": "AdamW", "lr": 1}}, "optimizer.lr: unknown key; known: legacy_fusion, params, type"),
     ({"scheduler": {"params": {}}}, "scheduler.type: missing"),
     ({"checkpoint": {"tag_validation": "Maybe"}}, "checkpoint.tag_validation 'Maybe': not one of the choices"),
+    ({"zero_optimization": {"reduce_bucket_size": 0}}, "zero_optimization.reduce_bucket_size 0: out of range"),
+    (
+        {"zero_optimization": {"reduce_bucket_size": 5.5}},
+        "zero_optimization.reduce_bucket_size 5.5: not a whole number",
+    ),
+    ({"zero_optimization": {"blocks": "Block"}}, "zero_optimization.blocks 'Block': not a list"),
+    (
+        {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+        "zero_optimization.offload_optimizer.device 'nvme': refused, because NVMe offload is not supported; use \"cpu\"",
+    ),
+    (
+        {"zero_optimization": {"offload_param": {"device": "nvme"}}},
+        "zero_optimization.offload_param.device 'nvme': refused, because NVMe",
+    ),
+    (
+        {"zero_optimization": {"offload_param": {"device": "disk"}}},
+        "zero_optimization.offload_param.device 'disk': not one of the choices; use 'none' or 'cpu'",
+    ),
+    ({"zero_optimization": {"offload_param": "cpu"}}, "zero_optimization.offload_param 'cpu': not a section"),
+    (
+        {"zero_optimization": {"offload_param": {"devic": "cpu"}}},
+        "zero_optimization.offload_param.devic: unknown key; did you mean 'device'?",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        "zero_optimization.offload_optimizer.ratio: refused, because optimizer state is offloaded as a whole; use 1.0",
+    ),
+    (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        "zero_optimization.offload_optimizer.device 'cpu': ZeRO stage 0 cannot offload this; use stage 1, 2 or 3",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        "zero_optimization.offload_param.device 'cpu': ZeRO stage 2 cannot offload this; use stage 3",
+    ),
+    (
+        {"zero_optimization": {"stage": 3}, "gradient_allreduce_op": "sum"},
+        "gradient_allreduce_op 'sum': not supported at ZeRO stage 3; use 'mean', or a lower stage",
+    ),
+    ({"gradient_allreduce_op": "max"}, "gradient_allreduce_op 'max': not one of the choices; use 'mean' or 'sum'"),
+    ({"gradient_predivide_factor": 0}, "gradient_predivide_factor 0: out of range"),
+    (
+        {"data_types": {"param_dtype": "bf16"}},
+        "data_types.param_dtype 'bf16': parameters compute in 'fp32'; enable fp16",
+    ),
+    (
+        {"data_types": {"param_dtype": "fp32"}, "bf16": {"enabled": True}},
+        "data_types.param_dtype 'fp32': parameters compute in 'bf16'",
+    ),
+    ({"data_types": {"grad_accum_dtype": "int8"}}, "data_types.grad_accum_dtype 'int8': not one of the choices"),
+    ({"torch_autocast": {"dtype": "fp32"}}, "torch_autocast.dtype 'fp32': not one of the choices"),
+    (
+        {"torch_autocast": {"lower_precision_safe_modules": [1]}},
+        "torch_autocast.lower_precision_safe_modules[0] 1: not text",
+    ),
+    ({"compile": {"deepcompile": True}}, "compile.deepcompile: refused, because DeepCompile is not supported; use "),
+    ({"log_level": "loud"}, "log_level 'loud': not one of the choices"),
+    ({"flops_profiler": {"module_depth": -2}}, "flops_profiler.module_depth -2: out of range"),
+    ({"flops_profiler": {"enable": True}}, "flops_profiler.enable: unknown key; did you mean 'enabled'?"),
+    (
+        {"offload_optimizer": {"device": "cpu"}},
+        "offload_optimizer: unknown key; did you mean 'zero_optimization.offload_",
+    ),
+    ({"stage": 2}, "stage: unknown key; did you mean 'zero_optimization.stage'?"),
+    (
+        {"optimizer": {"type": "OneBitAdam"}},
+        "optimizer.type 'OneBitAdam': refused, because DeepSpeed itself has removed",
+    ),
+    ({"optimizer": {"type": "MuSGD"}}, "optimizer.type 'MuSGD': refused, because there is no muP optimizer"),
+    (
+        {"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1.0}}},
+        "optimizer.params.max_grad_norm: refused, because it is no parameter of an optimizer; use gradient_clipping",
+    ),
+    (
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_step": 1}}},
+        "scheduler.params.warmup_step: unknown to WarmupLR; did you mean 'warmup_type'?",
+    ),
+    (
+        {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0.1}}},
+        "scheduler.params.cycle_max_lr: missing; OneCycle needs it",
+    ),
+    ({"scheduler": {"type": "WarmupDecayLR"}}, "scheduler.params.total_num_steps: missing; WarmupDecayLR needs it"),
     ({"steps_per_print": -1}, "steps_per_print -1: out of range"),
     ({"seed": "1"}, "seed '1': not a whole number"),
 ]
@@ -93,28 +191,24 @@ def test_what_is_wrong_is_named(data: dict[str, Any], complaint: str) -> None:
     assert str(caught.value).startswith(f"ds.json: {complaint}")
 
 
-# The values that DeepSpeed has by default.
-NEUTRAL = {"gradient_predivide_factor": 1.0, "zero_optimization.zero_hpz_partition_size": 1}
-
-
 @pytest.mark.parametrize("key", ACCEPTED)
 def test_a_key_that_does_nothing_is_accepted_with_one_warning(key: str) -> None:
     config, warnings = load_training(section(key, 1), "ds.json")
-    assert config == TrainingConfig()
-    assert warnings == [f"ds.json: {key}: has no effect, because {ACCEPTED[key]}"]
+    assert config == nothing(key)
+    assert warnings == [f"ds.json: {key}: has no effect, because {ACCEPTED[key].reason}"]
 
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_a_key_that_would_change_results_is_refused_with_the_reason(key: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_training(section(key, {"device": "cpu"}), "ds.json")
-    assert str(caught.value) == f"ds.json: {key}: refused, because {REFUSED[key]}"
+        load_training(section(key, {"device": "cpu", "enabled": True}), "ds.json")
+    assert str(caught.value) == f"ds.json: {key}: refused, because {REFUSED[key].reason}"
     assert (caught.value.key, caught.value.file) == (key, "ds.json")
 
 
 def test_refused_keys_that_are_switched_on_by_true_are_refused() -> None:
     passed_over = []
-    for key in set(REFUSED) - set(NEUTRAL):
+    for key in REFUSED:
         with contextlib.suppress(ConfigError):
             load_training(section(key, value=True))
             passed_over.append(key)
@@ -126,12 +220,12 @@ def test_refused_keys_that_are_switched_on_by_true_are_refused() -> None:
 )
 @pytest.mark.parametrize("key", REFUSED)
 def test_a_refused_key_that_is_switched_off_is_nothing(key: str, value: Any) -> None:
-    assert load_training(section(key, value)) == (TrainingConfig(), [])
+    assert load_training(section(key, value)) == (nothing(key), [])
 
 
-@pytest.mark.parametrize(("key", "value"), NEUTRAL.items())
-def test_a_refused_key_with_its_neutral_value_is_nothing(key: str, value: float) -> None:
-    assert load_training(section(key, value)) == (TrainingConfig(), [])
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_refused_key_with_the_value_that_deepspeed_has_by_default_is_nothing(key: str) -> None:
+    assert load_training(section(key, REFUSED[key].default)) == (nothing(key), [])
 
 
 # A misspelt key -> the key that was meant, whichever list it is on.
@@ -157,83 +251,45 @@ def test_a_key_with_a_line_break_is_refused_on_one_line() -> None:
     assert str(caught.value).isprintable()
 
 
-# Keys of DeepSpeed 0.19.8 with the value they have by default: none of them is unknown.
-DEEPSPEED = {
-    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), 4),
-    "managed_gradient_accumulation": True,
-    "gradient_allreduce_op": "mean",
-    "seq_parallel_communication_data_type": "fp32",
-    "log_level": "info",
-    "vocabulary_size": None,
-    "timers": {"throughput": {"enabled": True}},
-    "optimizer": {"type": "AdamW", "legacy_fusion": False},
-    "fp16.auto_cast": False,
-    "fp16.fp16_master_weights_and_grads": False,
-    "bf16.immediate_grad_update": False,
-    "bf16.bf16_master_weights_and_grads": False,
-    "bf16.bf16_optimizer_states": False,
-    "checkpoint.load_universal": False,
-    "checkpoint.use_node_local_storage": False,
-    "checkpoint.parallel_write": {"pipeline_stage": False},
-    "zero_optimization.legacy_stage1": False,
-    "zero_optimization.zero_quantized_nontrainable_weights": False,
-    "zero_optimization.pipeline_loading_checkpoint": False,
-    "zero_optimization.override_module_apply": True,
-    "zero_optimization.log_trace_cache_warnings": False,
-    "zero_optimization.stage3_module_granularity_threshold": 0,
-    "zero_optimization.stage3_use_all_reduce_for_fetch_params": False,
-    "zero_optimization.cpu_offload_param": None,
-    "zero_optimization.cpu_offload_use_pin_memory": None,
-}
+# Every key of DeepSpeed 0.19.8, from its source, with the value that it has by default.
+DEEPSPEED: dict[str, Any] = json.loads(Path(__file__).with_name("deepspeed_keys.json").read_text(encoding="utf-8"))
+SUPPORTED = {f"{at}{name}" for at, model in sections() for name in model.model_fields}
 
 
-def test_no_key_of_deepspeed_is_unknown() -> None:
-    unknown = []
-    for key, value in DEEPSPEED.items():
-        try:
-            load_training(section(key, value))
-        except ConfigError as error:
-            unknown += [key] if "unknown key" in str(error) else []
-    assert unknown == []
+@pytest.mark.parametrize("key", DEEPSPEED)
+def test_no_key_of_deepspeed_is_unknown_nor_its_default_refused(key: str) -> None:
+    load_training(section(key, DEEPSPEED[key]))
+
+
+# Where ours is not DeepSpeed's default: it has none, or writes the same in another way.
+OTHER_DEFAULTS = {"optimizer.type", "scheduler.type", "torch_autocast.dtype", "checkpoint.tag_validation"}
+
+
+@pytest.mark.parametrize("key", sorted(DEEPSPEED.keys() - OTHER_DEFAULTS))
+def test_the_default_of_a_key_is_that_of_deepspeed(key: str) -> None:
+    listed = {**ACCEPTED, **REFUSED}
+    if key in listed:
+        default = listed[key].default
+        assert default in (DEEPSPEED[key], {}, {"enabled": False})
+    elif key in SUPPORTED:
+        expected = {**TrainingConfig().model_dump(), "optimizer": {"params": {}}, "scheduler": {"params": {}}}
+        for part in key.split("."):
+            expected = expected[part]
+        if "offload_" not in key or DEEPSPEED[key] is not None:  # null there is our section of defaults
+            assert expected == DEEPSPEED[key]
+    else:
+        assert key in {*ALIASES, *DEPRECATED} or key.partition(".")[0] in REFUSED
 
 
 def test_a_key_is_on_one_list_only() -> None:
-    known = set(TrainingConfig.model_fields) - {"zero_optimization", "checkpoint"}
-    assert not set(ACCEPTED) & set(REFUSED)
-    assert not known & {*ACCEPTED, *REFUSED}
+    lists = [SUPPORTED, set(ACCEPTED), set(REFUSED), set(ALIASES), set(DEPRECATED)]
+    for number, some in enumerate(lists):
+        for others in lists[number + 1 :]:
+            assert not some & others
 
 
-def test_auto_means_the_default_wherever_it_stands() -> None:
-    data = {
-        "train_batch_size": "auto",
-        "gradient_clipping": "auto",
-        "bf16": {"enabled": "auto"},
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "eps": 1e-8}},
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
-        "scheduler": "auto",
-    }
-    config, warnings = load_training(data)
-    assert config.train_batch_size is None
-    assert config.gradient_clipping == 1.0
-    assert not config.bf16.enabled
-    assert config.optimizer is not None
-    assert config.optimizer.params == {"eps": 1e-8}
-    assert config.scheduler is None
-    assert warnings == []
-
-
-@pytest.mark.parametrize("never", [math.inf, 0, None])
-def test_printing_never_is_said_in_several_ways(never: float | None) -> None:
-    assert load_training({"steps_per_print": never})[0].steps_per_print is None
-
-
-def test_the_other_spelling_of_bf16_is_known() -> None:
-    assert load_training({"bfloat16": {"enabled": True}})[0].bf16.enabled
-
-
-def test_both_spellings_of_bf16_at_once_are_not_passed_over() -> None:
-    with pytest.raises(ConfigError):
-        load_training({"bf16": {"enabled": False}, "bfloat16": {"enabled": True}})
+def test_aliases_lead_to_keys_that_exist() -> None:
+    assert set(ALIASES.values()) <= SUPPORTED | set(ACCEPTED)
 
 
 def test_the_given_data_are_left_as_they_were() -> None:
@@ -253,55 +309,43 @@ def test_defaults_are_those_of_deepspeed() -> None:
     assert config.checkpoint.tag_validation == "Warn"
 
 
-# (train, micro, accumulation), world size -> (train, micro, accumulation) as DeepSpeed infers them.
-BATCHES: list[tuple[tuple[int | None, int | None, int | None], int, tuple[int, int, int]]] = [
-    ((12, 2, 3), 2, (12, 2, 3)),
-    ((12, 2, None), 2, (12, 2, 3)),
-    ((12, None, 3), 2, (12, 2, 3)),
-    ((None, 2, 3), 2, (12, 2, 3)),
-    ((12, None, None), 2, (12, 6, 1)),
-    ((None, 2, None), 2, (4, 2, 1)),
-    ((1, None, None), 1, (1, 1, 1)),
-]
-
-CONTRADICTIONS: list[tuple[tuple[int | None, int | None, int | None], int, tuple[int, int, int, int]]] = [
-    ((8, 3, 2), 1, (8, 3, 2, 6)),
-    ((8, 3, 2), 4, (8, 3, 2, 24)),
-    ((7, None, None), 2, (7, 3, 1, 6)),
-    ((7, 2, None), 1, (7, 2, 3, 6)),
-    ((2, 4, None), 1, (2, 4, 1, 4)),
-    ((1, None, None), 4, (1, 1, 1, 4)),
-    ((12, None, 5), 2, (12, 1, 5, 10)),
-]
+@pytest.mark.parametrize("name", ["adam", "AdamW", "LAMB", "lion", "Muon", "sgd", "RMSprop", "Adafactor"])
+def test_an_optimizer_that_is_known_is_taken_without_a_word(name: str) -> None:
+    assert load_training({"optimizer": {"type": name}})[1] == []
 
 
-def batch_config(sizes: tuple[int | None, int | None, int | None]) -> TrainingConfig:
-    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    return load_training({key: size for key, size in zip(keys, sizes, strict=True) if size is not None})[0]
+def test_a_name_that_only_torch_may_know_is_warned_about() -> None:
+    data = {"optimizer": {"type": "AdmaW"}, "scheduler": {"type": "StepLRR"}}
+    assert load_training(data, "ds.json")[1] == [
+        "ds.json: optimizer.type 'AdmaW': not known here; the engine looks for it in torch.optim: did you mean 'AdamW'?",
+        (
+            "ds.json: scheduler.type 'StepLRR': not known here; the engine looks for it in torch.optim.lr_scheduler: "
+            "did you mean 'StepLR'?"
+        ),
+    ]
 
 
-@pytest.mark.parametrize(("given", "world", "expected"), BATCHES, ids=str)
-def test_the_third_batch_size_follows_from_two(
-    given: tuple[int | None, int | None, int | None], world: int, expected: tuple[int, int, int]
-) -> None:
-    found = resolve_batch_sizes(batch_config(given), world)
-    assert (found.train, found.micro, found.accumulation, found.world_size) == (*expected, world)
+@pytest.mark.parametrize("params", ["auto", {"total_num_steps": "auto"}], ids=str)
+def test_what_a_trainer_fills_in_later_is_not_missing(params: Any) -> None:
+    assert load_training({"scheduler": {"type": "WarmupDecayLR", "params": params}})[1] == []
 
 
-@pytest.mark.parametrize(("given", "world", "named"), CONTRADICTIONS, ids=str)
-def test_contradicting_batch_sizes_are_named_all_four(
-    given: tuple[int | None, int | None, int | None], world: int, named: tuple[int, int, int, int]
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        resolve_batch_sizes(batch_config(given), world)
-    train, micro, accumulation, product = named
-    assert str(caught.value).startswith(
-        f"train_batch_size {train}: not train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps "
-        f"{accumulation} x world size {world} = {product}; "
-    )
+def test_a_torch_schedule_takes_any_parameters() -> None:
+    assert load_training({"scheduler": {"type": "StepLR", "params": {"step_size": 3}}})[1] == []
 
 
-@pytest.mark.parametrize("given", [(None, None, None), (None, None, 4)], ids=str)
-def test_one_batch_size_at_least_is_needed(given: tuple[int | None, int | None, int | None]) -> None:
-    with pytest.raises(ConfigError, match="train_batch_size, train_micro_batch_size_per_gpu: neither is given"):
-        resolve_batch_sizes(batch_config(given), 2)
+def test_offloading_is_taken_where_the_stage_allows_it() -> None:
+    for stage in (1, 2, 3):
+        load_training({"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}})
+    both = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "none"}}
+    zero = load_training({"zero_optimization": {"stage": 3, **both}})[0].zero_optimization
+    assert (zero.offload_param.device, zero.offload_optimizer.device) == ("cpu", "none")
+    assert zero.offload_param.pin_memory
+
+
+@pytest.mark.parametrize(
+    ("data", "compute"), [({}, "fp32"), ({"bf16": {"enabled": True}}, "bf16"), ({"fp16": {"enabled": True}}, "fp16")]
+)
+def test_the_compute_type_may_be_said_twice(data: dict[str, Any], compute: str) -> None:
+    config = load_training({**data, "data_types": {"param_dtype": compute}})[0]
+    assert config.compute == compute
