@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # make demo PIP_TORCH="--index-url <the CPU index named on pytorch.org> torch"
 PIP_TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-fast check format clean
+.PHONY: demo test test-fast check format docs clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What is made from the program: a test asserts that it is current.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/make_config.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

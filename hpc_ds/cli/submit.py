@@ -102,7 +102,7 @@ def _warn(job: JobConfig) -> None:
 
     warnings = []
     if isinstance(job.training, dict):
-        warnings += check_training(job.training, job.resources.world_size, "job")
+        warnings += check_training(job.training, job.resources, "job")
     if job.checkpoint.async_:
         warnings.append("checkpoint.async: saves are synchronous in this version")
     for warning in warnings:

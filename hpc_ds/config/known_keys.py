@@ -28,7 +28,6 @@ _DEEPCOMPILE = "it is an option of DeepCompile"
 _CHECKPOINTS_ANYWHERE = "every checkpoint loads at any world size"
 
 _ACCEPTED: dict[str, tuple[Any, str]] = {
-    "managed_gradient_accumulation": (True, "the engine always counts micro-batches"),
     "memory_breakdown": (False, "it prints, and changes nothing"),
     "disable_allgather": (False, "it has no effect in DeepSpeed either"),
     "disable_python_gc": (False, "Python's garbage collector is left as it is"),
@@ -117,6 +116,10 @@ _ZEROPP = "ZeRO++ is not supported"
 _MASTER = "master parameters are always fp32"
 
 _REFUSED: dict[str, tuple[Any, str]] = {
+    "managed_gradient_accumulation": (
+        True,
+        "the engine counts micro-batches; call set_gradient_accumulation_boundary where a step should end elsewhere",
+    ),
     "optimizer.params.max_grad_norm": (0.0, "it is no parameter of an optimizer; use gradient_clipping"),
     "fp16.fp16_master_weights_and_grads": (False, _MASTER),
     "bf16.immediate_grad_update": (False, "gradients are reduced by the ZeRO stage"),

@@ -5,13 +5,14 @@ Relative paths in a job file are relative to that file; in overrides and options
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc_ds.config.job import JobConfig
+from hpc_ds.config.job import JobConfig, Resources
 from hpc_ds.config.model import check, nearest
 from hpc_ds.config.site import SiteConfig
 from hpc_ds.config.training import load_training, resolve_batch_sizes
@@ -32,24 +33,53 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{what} {str(path)!r}: no such file; check the path", file=str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
         raise ConfigError(f"{what} {str(path)!r}: cannot be read: {error}; check it", file=str(path)) from None
+    return _parse(text, f"{what} {str(path)!r}", str(path))
+
+
+def read_training_config(source: dict[str, Any] | str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+    """A training config in any of DeepSpeed's forms: a dict, a file, or URL-safe base64 of JSON.
+
+    Returns:
+        The data, and what to call them in messages.
+
+    Raises:
+        ConfigError: there is no such file and the text is no base64 of JSON, or the JSON is not usable.
+    """
+    if isinstance(source, dict):
+        return source, "training config"
+    path = Path(os.fspath(source))
+    text = None if not isinstance(source, str) or is_file(path) else _from_base64(source)
+    if text is None:
+        return read_json(path, "training config"), str(source)
+    return _parse(text, "training config in base64", "training config"), "training config in base64"
+
+
+def _from_base64(text: str) -> str | None:
+    """The text of a JSON object that base64 stands for, or None."""
+    bare = text.strip().rstrip("=")
+    try:
+        decoded = base64.b64decode(bare + "=" * (-len(bare) % 4), altchars=b"-_", validate=True).decode()
+    except ValueError:  # not base64, or not UTF-8
+        return None
+    return decoded if decoded.lstrip().startswith("{") else None
+
+
+def _parse(text: str, name: str, file: str) -> dict[str, Any]:
     try:
         data = json.loads(text, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{what} {str(path)!r}, line {error.lineno}, column {error.colno}: not JSON: {error.msg.lower()}; mend it there",
-            file=str(path),
-        ) from None
+        wrong, cure = f"not JSON: {error.msg.lower()}", "mend it there"
+        if text[error.pos :].startswith(("//", "/*", "#")):
+            wrong, cure = "a comment, which JSON does not have", "take it out, hjson is not read"
+        raise ConfigError(f"{name}, line {error.lineno}, column {error.colno}: {wrong}; {cure}", file=file) from None
     except KeyError as error:
-        problem = f"key {error.args[0]!r} is given twice; keep one"
-        raise ConfigError(f"{what} {str(path)!r}: {problem}", file=str(path)) from None
+        raise ConfigError(f"{name}: key {error.args[0]!r} is given twice; keep one", file=file) from None
     except (RecursionError, ValueError):  # a number of thousands of digits
-        raise ConfigError(
-            f"{what} {str(path)!r}: nested too deeply, or with an endless number; mend it", file=str(path)
-        ) from None
+        raise ConfigError(f"{name}: nested too deeply, or with an endless number; mend it", file=file) from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{what} {str(path)!r}: not a JSON object; write {{ ... }}", file=str(path))
+        raise ConfigError(f"{name}: not a JSON object; write {{ ... }}", file=file)
     return data
 
 
@@ -92,7 +122,7 @@ def build_job(
     if isinstance(job.training, str):
         job = job.model_copy(update={"training": read_json(Path(job.training), "training config")})
     if job.training is not None:
-        check_training(job.training, job.resources.world_size, file)  # type: ignore[arg-type] # a path was read above
+        check_training(job.training, job.resources, file)  # type: ignore[arg-type] # a path was read above
     return job
 
 
@@ -104,7 +134,7 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def check_training(data: dict[str, Any], world_size: int, file: str) -> list[str]:
+def check_training(data: dict[str, Any], resources: Resources, file: str) -> list[str]:
     """Check a training config against the world it will run in; returns its warnings.
 
     Raises:
@@ -112,8 +142,27 @@ def check_training(data: dict[str, Any], world_size: int, file: str) -> list[str
     """
     config, warnings = load_training(data, f"{file}: training")
     if config.train_batch_size is not None or config.train_micro_batch_size_per_gpu is not None:
-        resolve_batch_sizes(config, world_size)
+        resolve_batch_sizes(config, resources.world_size, in_words(resources))
     return warnings
+
+
+def in_words(resources: Resources) -> str:
+    """Why a job has as many ranks as it has."""
+    return f"resources: nodes {resources.nodes} x ranks on each {resources.ranks_per_node}"
+
+
+def read_training_of_job(data: dict[str, Any], file: str) -> tuple[dict[str, Any], str, Resources]:
+    """The training config of a job, what to call it, and what the job asks of the cluster.
+
+    Raises:
+        ConfigError: the data are no job, it has no training config, or that cannot be read.
+    """
+    job: JobConfig = check(JobConfig, _absolute_paths(data, Path(file).resolve().parent), file)
+    if job.training is None:
+        raise ConfigError(f"{file}: training: missing; this job has no training config", file=file, key="training")
+    if isinstance(job.training, dict):
+        return job.training, f"{file}: training", job.resources
+    return read_json(Path(job.training), "training config"), job.training, job.resources
 
 
 def load_resolved(path: Path) -> JobConfig:

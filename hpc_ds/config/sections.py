@@ -135,6 +135,14 @@ class OffloadConfig(Model):
     pin_memory: bool = Field(default=True, description="page-locked host memory, where there is a GPU")
 
 
+class OffloadOptimizerConfig(OffloadConfig):
+    """Where masters and optimizer state are kept."""
+
+
+class OffloadParamConfig(OffloadConfig):
+    """Where parameter shards are kept, and with them their gradients and optimizer state."""
+
+
 class ZeroConfig(Model):
     """What is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
 
@@ -142,8 +150,10 @@ class ZeroConfig(Model):
         0, description="what is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too"
     )
     reduce_bucket_size: Positive = Field(500_000_000, description="stages 0-2: elements in one collective on gradients")
-    offload_optimizer: Annotated[OffloadConfig, BeforeValidator(_section)] = Field(default_factory=OffloadConfig)
-    offload_param: Annotated[OffloadConfig, BeforeValidator(_section)] = Field(default_factory=OffloadConfig)
+    offload_optimizer: Annotated[OffloadOptimizerConfig, BeforeValidator(_section)] = Field(
+        default_factory=OffloadOptimizerConfig
+    )
+    offload_param: Annotated[OffloadParamConfig, BeforeValidator(_section)] = Field(default_factory=OffloadParamConfig)
     blocks: list[str] | None = Field(
         None, description="ours: class names of the modules that are gathered as one; `null`: found by themselves"
     )

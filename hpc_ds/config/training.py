@@ -10,7 +10,7 @@ Source: https://www.deepspeed.ai/docs/config-json, and the defaults of release 0
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
@@ -102,9 +102,7 @@ class TrainingConfig(Model):
     compile: CompileConfig = Field(default_factory=CompileConfig)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     dataloader_drop_last: bool = Field(default=False, description="leave out the last samples where they fill no batch")
-    steps_per_print: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="print progress every so many steps; `null` or 0: never"
-    )
+    steps_per_print: Positive | None = Field(None, description="print progress every so many steps; `null` or 0: never")
     wall_clock_breakdown: bool = Field(default=False, description="time forward, backward and step")
     dump_state: bool = Field(default=False, description="print the effective config on rank 0")
     log_level: LogLevel | None = Field(None, description="level of our log; `null`: as the script set it")
@@ -245,12 +243,12 @@ def _refuse(data: dict[str, Any], file: str) -> None:
 
 
 def _asks_nothing(value: object, default: object) -> bool:
-    if value is None or value is False or value == {}:
+    if value is None or value == {} or (value is False and default is not True):
         return True
     if isinstance(value, dict):
         section = {**default, **value} if isinstance(default, dict) else value
         return section.get("enabled") is False or section.get("device") == "none"
-    return not isinstance(value, bool) and value == default
+    return isinstance(value, bool) == isinstance(default, bool) and value == default
 
 
 def _without_accepted(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -22,6 +22,7 @@ def prepared(folder: Path) -> Runs:
     """A folder with a job, and a PATH without Slurm."""
     (folder / "job.json").write_text(json.dumps(JOB))
     (folder / "bad.json").write_text('{"command": ["true"],\n "nodes" 2}')
+    (folder / "sizes.json").write_text('{"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4}')
     (folder / "train.py").write_text("")
     (folder / "folder").mkdir()
     (folder / "bin").mkdir()
@@ -72,6 +73,13 @@ BAD: dict[tuple[str, ...], tuple[int, str]] = {
     ("supervise", "folder"): (2, "run "),
     ("hostfile", "n[1-"): (2, "node list 'n[1-', column 2: '[' is never closed"),
     ("hostfile", "n1", "--slots", "0"): (2, "node list 'n1': slots=0 for host 'n1'"),
+    ("config", "explain", "none.json"): (2, "training config 'none.json': no such file; check the path"),
+    ("config", "explain", "folder"): (2, "training config 'folder': cannot be read: "),
+    ("config", "explain", "bad.json"): (2, "training config 'bad.json', line 2, column 10: not JSON"),
+    ("config", "explain", "job.json"): (2, "job.json: training: missing; this job has no training config"),
+    ("config", "explain", "a" * 300): (2, "training config 'aaa"),
+    ("config", "explain", "sizes.json", "--world-size", "3"): (2, "train_batch_size 8: not train_micro_batch_size_"),
+    ("config", "explain", "sizes.json", "--parameters", "many"): (2, "--parameters 'many': not a number of them; "),
     ("hostfile",): (2, "SLURM_JOB_NODELIST: not set, so there is no Slurm job here"),
 }
 
@@ -81,6 +89,9 @@ USAGE: dict[tuple[str, ...], str] = {
     ("submit",): "Missing argument",
     ("submit", "job.json", "--nodse", "2"): "No such option",
     ("submit", "job.json", "--nodes", "two"): "valid integer",
+    ("config",): "Usage: ",
+    ("config", "explain"): "Missing argument",
+    ("config", "explain", "sizes.json", "--world-size", "0"): "Invalid value for '--world-size'",
     ("logs", "gpt", "--rank", "-1"): "Invalid value for '--rank'",
 }
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_ds.config.explain import explain
 from hpc_ds.config.job import JobConfig
 from hpc_ds.config.known_keys import ACCEPTED, ALIASES, DEPRECATED, REFUSED
 from hpc_ds.config.load import build_job, resolved
@@ -113,6 +116,19 @@ def test_any_training_config_is_taken_or_refused_in_one_sentence(data: dict[str,
         assert sizes.train == sizes.micro * sizes.accumulation * sizes.world_size
         assert len(set(warnings)) == len(warnings)
     assert repr(data) == repr(before), "the given data were changed"
+
+
+@settings(deadline=None, max_examples=50)
+@given(trainings(), st.integers(1, 16))
+def test_any_training_config_is_explained_or_refused_in_one_sentence(data: dict[str, Any], world_size: int) -> None:
+    source = base64.urlsafe_b64encode(json.dumps(data).encode()).decode()
+    try:
+        found = explain(source, world_size, 10**9)
+    except ConfigError as error:
+        said_in_one_sentence(error)
+    else:
+        text = json.dumps(found.as_data(), allow_nan=False)
+        assert json.loads(text)["world_size"] == world_size
 
 
 def test_the_fuzz_knows_the_keys() -> None:

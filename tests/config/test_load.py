@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hpc_ds.config.job import lead_s
-from hpc_ds.config.load import load_job_file, load_resolved, read_json, resolved
+from hpc_ds.config.load import load_job_file, load_resolved, read_json, read_training_config, resolved
 from hpc_ds.errors import ConfigError
 from hpc_ds.run_dir import write_json
 
@@ -43,7 +44,10 @@ NOT_JSON = {
     '{"script":\n  "train.py",}': r"line 2, column \d+: not JSON: ",
     '{\n "name": "a"\n "script": "b"}': "line 3, column 2: not JSON: expecting ',' delimiter; mend it there",
     "{'script': 'a'}": "line 1, column 2: not JSON: ",
-    '{"script": "a"} // comment': "line 1, column 17: not JSON: extra data",
+    '{"script": "a"} {}': "line 1, column 17: not JSON: extra data",
+    '{"script": "a"} // why': "line 1, column 17: a comment, which JSON does not have; take it out, hjson is not read",
+    '{ # why\n"script": "a"}': "line 1, column 3: a comment, which JSON does not have",
+    '/* why */ {"script": "a"}': "line 1, column 1: a comment, which JSON does not have",
     '{"a": "\t"}': "line 1, column 8: not JSON: invalid control character",
     "[]": "not a JSON object; write { ... }",
     '"x"': "not a JSON object",
@@ -278,3 +282,43 @@ def test_a_resolved_job_that_was_changed_is_refused(tmp_path: Path) -> None:
 def test_json_is_read_as_it_stands(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"\u00e9": [1, 1.5, null, true, {"a": "b"}]}', encoding="utf-8")
     assert read_json(tmp_path / "x.json", "file") == {"\u00e9": [1, 1.5, None, True, {"a": "b"}]}
+
+
+def encoded(text: str) -> str:
+    return base64.urlsafe_b64encode(text.encode()).decode()
+
+
+def test_a_training_config_comes_in_any_of_deepspeeds_forms(tmp_path: Path) -> None:
+    data = {"train_batch_size": 8, "comment?>~": "\u00ff\u00fe\u00ff"}
+    text = json.dumps(data, ensure_ascii=False)
+    assert set(encoded(text)) & set("-_"), "the text must use what only this alphabet has"
+    file = tmp_path / "ds.json"
+    file.write_text(text, encoding="utf-8")
+    assert read_training_config(data) == (data, "training config")
+    assert read_training_config(file) == (data, str(file))
+    assert read_training_config(str(file)) == (data, str(file))
+    assert read_training_config(encoded(text)) == (data, "training config in base64")
+    assert read_training_config(encoded(text).rstrip("=")) == (data, "training config in base64")
+    assert read_training_config(f" {base64.b64encode(text.encode()).decode()}\n")[0] == data
+
+
+# What is no training config -> what is said about it.
+NO_CONFIG = {
+    "none.json": "training config 'none.json': no such file; check the path",
+    "config": "training config 'config': no such file",  # base64 of something that is no text
+    encoded("[1]"): "training config '",  # base64 of something that is no section
+    encoded('{"a": 1, "a": 2}'): "training config in base64: key 'a' is given twice; keep one",
+    encoded('{"a": 1 # why\n}'): "training config in base64, line 1, column 9: a comment, which JSON does not have;",
+    "": "training config",
+    "a" * 300: "training config",
+    "a\0b": "training config",
+    "\ud800": "training config",
+}
+
+
+@pytest.mark.parametrize(("source", "complaint"), NO_CONFIG.items(), ids=lambda text: repr(text)[:20])
+def test_what_is_no_training_config_is_refused_in_one_sentence(source: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_training_config(source)
+    assert str(caught.value).startswith(complaint)
+    assert "\n" not in str(caught.value)

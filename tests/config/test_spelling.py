@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hpc_ds.config.known_keys import ALIASES, DEPRECATED
-from hpc_ds.config.sections import OffloadConfig
+from hpc_ds.config.sections import OffloadOptimizerConfig
 from hpc_ds.config.training import load_training, read_training
 from hpc_ds.errors import ConfigError
 
@@ -129,7 +129,7 @@ def test_a_deprecated_key_takes_true_and_false_only() -> None:
 # Key, and a value that stands for another -> that other.
 SAME: list[tuple[str, Any, Any]] = [
     ("zero_optimization.reduce_bucket_size", 5e8, 500_000_000),
-    ("zero_optimization.offload_optimizer", None, OffloadConfig()),
+    ("zero_optimization.offload_optimizer", None, OffloadOptimizerConfig()),
     ("gradient_accumulation_steps", 2.0, 2),
     ("fp16.initial_scale_power", 12.0, 12),
     ("data_types.grad_accum_dtype", "torch.bfloat16", "bf16"),
