@@ -25,6 +25,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	bash tests/install_system_packages.sh
+	$(BIN)/python tests/install_deepspeed_peer.py
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Without Slurm, MPI or whole jobs: what needs seconds.
@@ -47,4 +48,4 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_config.py
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .deepspeed build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
