@@ -36,7 +36,7 @@ OURS = {name for name, value in vars(errors).items() if isinstance(value, type) 
 BUILTIN_ERRORS = {
     # Python's own protocol.
     "AttributeError": {("", "__getattr__")},
-    "NotImplementedError": {("engine/schedules.py", "")},
+    "NotImplementedError": {("engine/own_optimizer.py", "_update"), ("engine/schedules.py", "")},
     "KeyError": {("config/load.py", "_no_duplicates")},
     "UnpicklingError": {("checkpoint/", "find_class")},
     # Validators: pydantic, or the caller in the same room, makes a ConfigError of it.

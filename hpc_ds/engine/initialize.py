@@ -16,6 +16,7 @@ from hpc_ds.engine.data import Position, TrainingLoader, refuse_iterable
 from hpc_ds.engine.engine import Engine, compute_dtype
 from hpc_ds.engine.loss_scale import LossScale
 from hpc_ds.engine.optimizers import make_optimizer
+from hpc_ds.engine.piece import Piece
 from hpc_ds.engine.schedules import make_schedule
 from hpc_ds.engine.sharding import Sharded
 from hpc_ds.errors import ConfigError
@@ -181,7 +182,12 @@ def _optimizer(given: Any, before: _Before, config: TrainingConfig, model: nn.Mo
     if given is not None:
         made: torch.optim.Optimizer = given(parameters)
         return made
-    return None if config.optimizer is None else make_optimizer(config.optimizer, parameters)
+    if config.optimizer is None:
+        return None
+    pieces = {one: Piece(name, one.shape, 0, one, shared=False) for name, one in model.named_parameters()}
+    plain = [item for item in parameters if not isinstance(item, dict)]
+    groups = [item for item in parameters if isinstance(item, dict)]
+    return make_optimizer(config.optimizer, groups + ([{"params": plain}] if plain or not groups else []), pieces)
 
 
 def _schedule(given: Any, config: TrainingConfig, optimizer: torch.optim.Optimizer | None) -> Any:
