@@ -63,7 +63,7 @@ class MatrixExchange:
         """From the whole matrices that this rank owns to its range of each matrix. Collective."""
         received = self._exchange(
             [
-                [whole[index].narrow(0, *self._ranges[index][rank]) for index in self.owned[self._rank]]
+                [_part(whole[index], *self._ranges[index][rank]) for index in self.owned[self._rank]]
                 for rank in range(len(self.owned))
             ],
             [[self._ranges[index][self._rank][1] for index in indices] for indices in self.owned],
@@ -89,6 +89,10 @@ class MatrixExchange:
         dist.all_to_all_single(received, sent, incoming, outgoing)
         buffers = received.split(incoming)
         return [list(buffer.split(of_rank)) for buffer, of_rank in zip(buffers, lengths, strict=True)]
+
+
+def _part(whole: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    return whole[start : start + length]  # an empty range may start anywhere
 
 
 def _cost(shape: torch.Size) -> int:
