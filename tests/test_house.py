@@ -36,11 +36,11 @@ OURS = {name for name, value in vars(errors).items() if isinstance(value, type) 
 BUILTIN_ERRORS = {
     # Python's own protocol.
     "AttributeError": {("", "__getattr__")},
-    "NotImplementedError": {("engine/own_optimizer.py", "_update"), ("engine/schedules.py", "")},
+    "NotImplementedError": {("engine/own_optimizer.py", "_update"), ("engine/schedule.py", "rate")},
     "KeyError": {("config/load.py", "_no_duplicates")},
     "UnpicklingError": {("checkpoint/", "find_class")},
     # Validators: pydantic, or the caller in the same room, makes a ConfigError of it.
-    "ValueError": {("config/", ""), ("engine/schedules.py", "")},
+    "ValueError": {("config/", ""), ("engine/schedule.py", ""), ("engine/cycles.py", ""), ("engine/warmups.py", "")},
     # A program that breaks the contract of a function: a fault of its author, who needs the traceback.
     "TypeError": {("", "")},
     # The rank was told to stop: a SystemExit of our own.

@@ -1,159 +1,34 @@
-"""DeepSpeed's learning-rate schedules as laws: from the step index to a learning rate.
-
-``i`` is the 0-based index that ``step()`` sets: 0 after the first step that was applied. The rate before it is that of
-``i = 0``, so it is valid from construction.
-
-| type           | law                                                                                        |
-|----------------|--------------------------------------------------------------------------------------------|
-| WarmupLR       | min + g (max - min); g = ln(i + 1) / ln N or i / N for i < N, then 1; N = max(2, warmup)    |
-| WarmupDecayLR  | the same until N, then g = max(0, (T - i) / max(1, T - N))                                 |
-| WarmupCosineLR | the group's own rate times a ratio: from warmup_min_ratio to 1, then half a cosine         |
-
-Source: https://deepspeed.readthedocs.io/en/latest/schedulers.html
-"""
+"""From the config's ``scheduler`` section to a schedule: DeepSpeed's laws, or one of torch's by its name."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch.optim import lr_scheduler
 
 from hpc_ds.config.model import nearest
+from hpc_ds.engine.cycles import LRRangeTest, OneCycle
+from hpc_ds.engine.warmups import WarmupCosineLR, WarmupDecayLR, WarmupLR
 from hpc_ds.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from hpc_ds.config.training import SchedulerConfig
 
+_OURS = {kind.__name__: kind for kind in (WarmupLR, WarmupDecayLR, WarmupCosineLR, LRRangeTest, OneCycle)}
 
-class Schedule:
-    """A learning rate for every parameter group as a function of the steps taken."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, last_batch_iteration: int = -1) -> None:
-        self.optimizer = optimizer
-        self.last_batch_iteration = last_batch_iteration
-        self._own_rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self._apply()
-
-    def rate(self, i: int, own_rate: float) -> float:
-        """The learning rate at index ``i`` of a group whose optimizer asked for ``own_rate``."""
-        raise NotImplementedError
-
-    def get_lr(self) -> list[float]:
-        """The rate of every group at the present index."""
-        return [self.rate(max(self.last_batch_iteration, 0), own_rate) for own_rate in self._own_rates]
-
-    def get_last_lr(self) -> list[float]:
-        """The rates that the optimizer has now."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
-
-    def step(self, last_batch_iteration: int | None = None) -> None:
-        """Go to the next index, or to a given one."""
-        self.last_batch_iteration = (
-            self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
-        )
-        self._apply()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The index: all else comes from the config, so a changed config takes effect on resume."""
-        return {"last_batch_iteration": self.last_batch_iteration}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint."""
-        self.last_batch_iteration = int(state["last_batch_iteration"])
-        self._apply()
-
-    def _apply(self) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            group["lr"] = rate
-
-
-class WarmupLR(Schedule):
-    """From one rate to another, each group's own unless given, then constant."""
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        warmup_min_lr: float = 0.0,
-        warmup_max_lr: float | None = None,
-        warmup_num_steps: int = 1000,
-        warmup_type: str = "log",
-        last_batch_iteration: int = -1,
-    ) -> None:
-        _check_warmup(warmup_num_steps, warmup_type)
-        self._min, self._max = warmup_min_lr, warmup_max_lr
-        self._steps = max(2, warmup_num_steps)
-        self._log = warmup_type == "log"
-        super().__init__(optimizer, last_batch_iteration)
-
-    def rate(self, i: int, own_rate: float) -> float:
-        """See the table."""
-        largest = own_rate if self._max is None else self._max
-        return self._min + self.share(i) * (largest - self._min)
-
-    def share(self, i: int) -> float:
-        """How far from the smallest rate (0) to the largest (1)."""
-        if i >= self._steps:
-            return self.share_after_warmup(i)
-        return math.log(i + 1) / math.log(self._steps) if self._log else i / self._steps
-
-    def share_after_warmup(self, i: int) -> float:  # noqa: ARG002 - constant here, not in WarmupDecayLR
-        """The same, after the warmup."""
-        return 1.0
-
-
-class WarmupDecayLR(WarmupLR):
-    """Warm up, then down to nothing at ``total_num_steps``; the largest rate is 0.001 unless given."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, total_num_steps: int, **params: Any) -> None:
-        self._total = total_num_steps
-        super().__init__(optimizer, **{"warmup_max_lr": 0.001, **params})
-
-    def share_after_warmup(self, i: int) -> float:
-        """See the table."""
-        return max(0.0, (self._total - i) / max(1.0, self._total - self._steps))
-
-
-class WarmupCosineLR(Schedule):
-    """Warm up, then half a cosine down to ``cos_min_ratio`` of each group's own rate."""
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        total_num_steps: int,
-        warmup_min_ratio: float = 0.0,
-        warmup_num_steps: int = 1000,
-        cos_min_ratio: float = 0.0001,
-        warmup_type: str = "log",
-        last_batch_iteration: int = -1,
-    ) -> None:
-        _check_warmup(warmup_num_steps, warmup_type)
-        self._total, self._smallest, self._cos_min = total_num_steps, warmup_min_ratio, cos_min_ratio
-        self._steps = max(2, warmup_num_steps)
-        self._log = warmup_type == "log"
-        super().__init__(optimizer, last_batch_iteration)
-
-    def rate(self, i: int, own_rate: float) -> float:
-        """See the table."""
-        if i < self._steps:
-            share = math.log(i + 1) / math.log(self._steps) if self._log else i / self._steps
-            return own_rate * (self._smallest + share * (1 - self._smallest))
-        progress = min(1.0, (i - self._steps + 1) / max(1, self._total - self._steps))
-        return own_rate * (self._cos_min + (1 - self._cos_min) * (1 + math.cos(math.pi * progress)) / 2)
-
-
-def _check_warmup(steps: object, kind: str) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"warmup_num_steps {steps!r} is not a whole number above 0")
-    if kind not in {"log", "linear"}:
-        raise ValueError(f"warmup_type {kind!r} is neither 'log' nor 'linear'")
-
-
-_OURS: dict[str, type[Schedule]] = {
-    "WarmupLR": WarmupLR,
-    "WarmupDecayLR": WarmupDecayLR,
-    "WarmupCosineLR": WarmupCosineLR,
+_FUNCTIONS = (
+    "it takes a function, which JSON cannot hold; pass initialize lr_scheduler=, a callable from the optimizer to one"
+)
+_SCHEDULES = "it is made of other schedules; pass initialize lr_scheduler=, a callable from the optimizer to one"
+_REFUSED = {
+    "LambdaLR": _FUNCTIONS,
+    "MultiplicativeLR": _FUNCTIONS,
+    "SequentialLR": _SCHEDULES,
+    "ChainedScheduler": _SCHEDULES,
+    "ReduceLROnPlateau": "its steps need a metric, which engine.step() does not have; use another, or step one of your own",
 }
 
 
@@ -163,17 +38,46 @@ def make_schedule(config: SchedulerConfig, optimizer: torch.optim.Optimizer) -> 
     Raises:
         ConfigError: there is no such schedule, or it does not take these parameters.
     """
-    kind: Any = _OURS.get(config.type) or getattr(torch.optim.lr_scheduler, config.type, None)
-    if not isinstance(kind, type):
-        raise ConfigError(
-            f"scheduler.type {config.type!r}: unknown; {nearest(config.type, list(_OURS))}",
-            key="scheduler.type",
-            value=config.type,
-        )
+    kind = _class(config.type)
+    _check_names(kind, config.params)
     try:
         return kind(optimizer, **config.params)
-    except (TypeError, ValueError) as error:
-        known = [name for name in inspect.signature(kind).parameters if name != "optimizer"]
+    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise ConfigError(
-            f"scheduler.params: refused by {config.type}: {error}; it takes {', '.join(known)}", key="scheduler.params"
+            f"scheduler.params: refused by {config.type}: {error}; it takes {', '.join(_parameters(kind))}",
+            key="scheduler.params",
         ) from None
+
+
+def _class(name: str) -> Any:
+    torchs = {
+        key: value
+        for key, value in vars(lr_scheduler).items()
+        if isinstance(value, type) and issubclass(value, lr_scheduler.LRScheduler) and not key.endswith("LRScheduler")
+    }
+    if name in _REFUSED:
+        raise ConfigError(
+            f"scheduler.type {name!r}: refused, because {_REFUSED[name]}", key="scheduler.type", value=name
+        )
+    known: dict[str, Any] = {**torchs, **_OURS}
+    if name not in known:
+        usable = [key for key in known if key not in _REFUSED]
+        message = f"scheduler.type {name!r}: unknown; {nearest(name, usable)}"
+        raise ConfigError(message, key="scheduler.type", value=name)
+    return known[name]
+
+
+def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
+    return {name: parameter for name, parameter in inspect.signature(kind).parameters.items() if name != "optimizer"}
+
+
+def _check_names(kind: Any, params: dict[str, Any]) -> None:
+    known = _parameters(kind)
+    for key in params:
+        if key not in known:
+            message = f"scheduler.params.{key}: unknown to {kind.__name__}; {nearest(key, list(known))}"
+            raise ConfigError(message, key=f"scheduler.params.{key}")
+    for key, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and key not in params:
+            message = f"scheduler.params.{key}: missing; {kind.__name__} has no default for it"
+            raise ConfigError(message, key=f"scheduler.params.{key}")

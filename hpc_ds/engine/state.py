@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hpc_ds.checkpoint.metadata import tensors_in
-from hpc_ds.engine.schedules import Schedule
+from hpc_ds.engine.schedule import Schedule
 from hpc_ds.errors import CheckpointError
 
 if TYPE_CHECKING:
