@@ -1,9 +1,10 @@
 """The loss scale of fp16 training: arithmetic on three numbers, the same on every rank.
 
 The rule is DeepSpeed's ZeRO scaler at every stage: an overflow first uses up the hysteresis, then halves the scale; a
-window of good steps doubles it and refills the hysteresis.
+window of good steps doubles it and refills the hysteresis. A start below the minimum rises to it at the first overflow.
 
-Source: Micikevicius et al., Mixed Precision Training, 2018, section 3.2; https://www.deepspeed.ai/docs/config-json
+Source: Micikevicius et al., Mixed Precision Training, 2018, section 3.2; https://www.deepspeed.ai/docs/config-json,
+and release 0.19.8.
 """
 
 from __future__ import annotations
@@ -34,30 +35,38 @@ class LossScale:
         self._last_overflow = -1
         self._hysteresis = config.hysteresis
 
-    def update(self, overflowed: bool) -> None:
+    @property
+    def exhausted(self) -> bool:
+        """Whether the next overflow ends the training: time to look which gradient it is."""
+        return self._dynamic and self._hysteresis <= 1 and self.value == self._config.min_loss_scale
+
+    def update(self, overflowed: bool, culprit: str | None = None) -> None:
         """Learn from one step.
+
+        Args:
+            overflowed: it had a gradient that is not finite, on any rank.
+            culprit: what is known of it, as "gradient of 'head.weight' on rank 1 is not finite".
 
         Raises:
             DivergedError: it overflowed at the smallest scale.
         """
         if self._dynamic:
             if overflowed:
-                self._shrink()
+                self._shrink(culprit or "gradients overflow")
             else:
                 self._grow_if_due()
         self._iteration += 1
 
-    def _shrink(self) -> None:
-        config = self._config
+    def _shrink(self, reason: str) -> None:
+        if self.exhausted:
+            raise DivergedError(
+                f"fp16 loss scale {self.value:g}: {reason} at the smallest scale; lower the learning rate, or use bf16, and "
+                "start from an earlier checkpoint"
+            )
         if self._hysteresis > 1:
             self._hysteresis -= 1
-        elif self.value <= config.min_loss_scale:
-            raise DivergedError(
-                f"fp16 loss scale {self.value:g}: gradients overflow at the smallest scale; lower the learning rate, or use "
-                "bf16, and start from an earlier checkpoint"
-            )
         else:
-            self.value = max(self.value / 2, config.min_loss_scale)
+            self.value = max(self.value / 2, self._config.min_loss_scale)
         self._last_overflow = self._iteration
 
     def _grow_if_due(self) -> None:

@@ -94,6 +94,25 @@ def test_it_never_falls_below_the_minimum_and_then_gives_up() -> None:
     assert DivergedError.exit_code == 5
 
 
+def test_it_knows_when_the_next_overflow_is_the_last() -> None:
+    scale = LossScale(dynamic(initial_scale_power=1, hysteresis=2))
+    known = []
+    for _ in range(2):
+        known.append(scale.exhausted)
+        scale.update(overflowed=True)
+    assert [*known, scale.exhausted] == [False, False, True]
+    with pytest.raises(
+        DivergedError, match=r"^fp16 loss scale 1: gradient of 'x' on rank 1 is not finite at the smallest"
+    ):
+        scale.update(overflowed=True, culprit="gradient of 'x' on rank 1 is not finite")
+    assert not LossScale(Fp16Config(enabled=True, loss_scale=1.0)).exhausted
+    assert not LossScale(Fp16Config()).exhausted
+
+
+def test_a_start_below_the_minimum_rises_to_it() -> None:
+    assert scales(dynamic(initial_scale_power=0, min_loss_scale=4.0), "x.") == [4.0, 4.0]
+
+
 def test_hysteresis_forgives_at_the_minimum_too() -> None:
     config = dynamic(initial_scale_power=0, hysteresis=2)
     assert scales(config, "x.") == [1, 1]
