@@ -13,6 +13,7 @@ HpcdsError                 1
 │   ├── SubmitError        3   a job that the scheduler refused
 │   └── ParseError         3   output of a scheduler that we do not understand
 ├── CheckpointError        4   a checkpoint that could not be written or read
+│   └── DamagedError       4   files of a checkpoint that are not what was written
 └── DivergedError          5   training that cannot go on: overflow at the smallest loss scale
 
 A message has the form ``<thing> <value>: <what is wrong>; <what to do>``: one sentence, lower case, no full stop.
@@ -138,6 +139,18 @@ class CheckpointError(HpcdsError):
     def __init__(self, message: str, path: str | None = None) -> None:
         super().__init__(message)
         self.path = path
+
+
+class DamagedError(CheckpointError):
+    """Files of a checkpoint are missing, or do not hold what was written; an older checkpoint may still be whole.
+
+    Attributes:
+        damage: which file, and what is wrong with it.
+    """
+
+    def __init__(self, message: str, path: str | None = None, damage: str = "") -> None:
+        super().__init__(message, path)
+        self.damage = damage
 
 
 class DivergedError(HpcdsError):

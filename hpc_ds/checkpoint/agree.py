@@ -1,9 +1,11 @@
-"""Ranks do a thing together or not at all: a failure of one is told to all."""
+"""Ranks do a thing together or not at all: a failure of one is told to all.
+
+A process outside of any process group is rank 0 of 1.
+"""
 
 from __future__ import annotations
 
 import pickle
-import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
@@ -16,39 +18,31 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 
+def own_rank() -> int:
+    """The rank of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def together(what: str, do: Callable[[], Value]) -> list[Value]:
     """Collective. Run ``do`` on every rank; returns the values of all, by rank.
 
     Raises:
         CheckpointError: the same on every rank, when ``do`` failed on any of them.
     """
-    mine: tuple[str | None, Any]
-    failure: Exception | None = None
-    try:
-        mine = None, do()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks are waiting to be told
-        failure, mine = error, (reason(error), None)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    for rank, (error_text, _) in enumerate(everyone):
-        if error_text is not None:
-            raise CheckpointError(f"{what}: rank {rank}: {error_text}") from failure
+    outcome, failure = _tried(do)
+    everyone: list[Any] = [outcome]
+    if world_size() > 1:
+        everyone = [None] * world_size()
+        dist.all_gather_object(everyone, outcome)
+    for rank, (text, _) in enumerate(everyone):
+        if text is not None:
+            raise CheckpointError(f"{what}: rank {rank}: {text}") from failure
     return [value for _, value in everyone]
-
-
-def reason(error: BaseException) -> str:
-    """What went wrong in a few words: what the operating system said, where that is beneath it.
-
-    torch's zip writer hides a full disk behind a complaint of its own, and its unpickler a class behind advice.
-    """
-    if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
-        return f"{found[1]} is not among the types that are read"
-    beneath: BaseException | None = error
-    while beneath is not None:
-        if isinstance(beneath, OSError) and beneath.strerror:
-            return beneath.strerror
-        beneath = beneath.__cause__ or (None if beneath.__suppress_context__ else beneath.__context__)
-    return str(error) or type(error).__name__
 
 
 def on_rank_0(what: str, do: Callable[[], Value]) -> Value:
@@ -57,4 +51,34 @@ def on_rank_0(what: str, do: Callable[[], Value]) -> Value:
     Raises:
         CheckpointError: the same on every rank, when it failed.
     """
-    return together(what, lambda: do() if dist.get_rank() == 0 else None)[0]  # type: ignore[return-value]
+    outcome: list[Any] = [None]
+    failure: Exception | None = None
+    if own_rank() == 0:
+        outcome[0], failure = _tried(do)
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    text, value = outcome[0]
+    if text is not None:
+        raise CheckpointError(f"{what}: rank 0: {text}") from failure
+    return value  # type: ignore[no-any-return]
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong in a few words: what the operating system said, where that is beneath it."""
+    beneath: BaseException | None = error
+    while beneath is not None:
+        if isinstance(beneath, OSError) and beneath.strerror:
+            return beneath.strerror
+        beneath = beneath.__cause__ or (None if beneath.__suppress_context__ else beneath.__context__)
+    return str(error) or type(error).__name__
+
+
+def _tried(do: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What went wrong in words or None, with the value; and the error itself."""
+    try:
+        value = do()
+        if world_size() > 1:
+            pickle.dumps(value)  # what cannot travel must fail here, where the others are told
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks are waiting to be told
+        return (reason(error), None), error
+    return (None, value), None

@@ -1,19 +1,28 @@
-"""Loading: verify, agree, and only then touch the model. What is damaged is passed over for the newest whole one."""
+"""Loading: agree on a checkpoint whose files fit together, then fill ranges from it while checking every block.
+
+Any wanted range is put together from whatever ranges the ranks of the save wrote, so world size and stage may differ;
+types are converted on the way. What is damaged is passed over for the newest whole one before it, by all ranks alike.
+"""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 
-from hpc_ds.checkpoint.agree import on_rank_0, reason, together
-from hpc_ds.checkpoint.layout import CLIENT_STATE, LATEST, Saved, candidates, damage_in, rank_file, read_manifest
-from hpc_ds.checkpoint.metadata import PlainReader
-from hpc_ds.errors import CheckpointError
+from hpc_ds.checkpoint import layout
+from hpc_ds.checkpoint.agree import on_rank_0, own_rank, together, world_size
+from hpc_ds.checkpoint.fill import check_range, fill
+from hpc_ds.checkpoint.index import read_index
+from hpc_ds.checkpoint.layout import candidates, read_manifest
+from hpc_ds.checkpoint.plain import decode
+from hpc_ds.checkpoint.shards import DTYPES, Shard
+from hpc_ds.checkpoint.stored import Stored, read_stored
+from hpc_ds.checkpoint.writer import CLIENT_STATE, RANK_STATE
+from hpc_ds.errors import CheckpointError, DamagedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,113 +31,196 @@ if TYPE_CHECKING:
 log = logging.getLogger("hpc_ds")
 
 
-def find(folder: Path, tag: str | None = None) -> Saved | None:
-    """The checkpoint to load: the one named, else the newest that is whole. Collective.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What came out of a checkpoint beside the ranges that were asked for.
 
-    Every file is checked against size and checksum, each rank taking its share of them, and all ranks take the same
-    decision.
+    Attributes:
+        stored: the checkpoint.
+        client_state: what the user and the engine left.
+        rank_state: what this rank left; None when the world has another size now.
+    """
+
+    stored: Stored
+    client_state: Any
+    rank_state: Any
+
+
+def find(folder: Path, tag: str | None = None) -> Stored | None:
+    """The checkpoint to load: the one named, else the newest whose files are all there. Collective.
+
+    Its manifest and indexes are checked in full, of its data files the sizes; their bytes are checked when they are read.
 
     Returns:
         None when no tag is asked for and there is no checkpoint at all.
 
     Raises:
-        CheckpointError: the named one is missing or damaged, or there are some and none is whole.
+        CheckpointError: the same on every rank: the named one is missing or damaged, or there are some and none is whole.
     """
-    what = f"checkpoint folder {str(folder)!r}: not loaded"
-    if tag is not None:
-        named = on_rank_0(what, lambda: read_manifest(folder / tag))
-        damage = _agreed_damage(named)
-        if damage is not None:
-            raise CheckpointError(
-                f"checkpoint {str(folder / tag)!r}: damaged: {damage}; load another tag", str(folder / tag)
-            )
-        return named
-    paths = on_rank_0(what, lambda: _all_candidates(folder))
-    for path in paths:
-        saved, damage = _try(path)
-        if saved is not None and damage is None:
-            return saved
-        if dist.get_rank() == 0:
-            log.warning("checkpoint %s: damaged: %s; trying the one before", path, damage)
-    if paths:
-        raise CheckpointError(
-            f"checkpoint folder {str(folder)!r}: none of its {len(paths)} checkpoints is whole", str(folder)
-        )
+    for path in _paths(folder, tag):
+        stored = _open(path, pass_over=tag is None)
+        if stored is not None:
+            return stored
+    _refuse_none_whole(folder, tag)
     return None
 
 
-def load_tensors(saved: Saved, tensors_of: Callable[[], dict[str, torch.Tensor]]) -> None:
-    """Fill tensors in place, each rank reading what its shards need. Collective.
+def load(
+    folder: Path,
+    tag: str | None,
+    wanted_of: Callable[[Stored], list[Shard]],
+    *,
+    everything: bool = True,
+) -> Loaded | None:
+    """Fill ranges from the checkpoint named, else from the newest whole one. Collective.
+
+    Values are filled in place while the bytes are checked: where this raises because of damage, they are undefined.
 
     Args:
-        saved: the checkpoint.
-        tensors_of: says which, by name; it may look into the checkpoint, and fail on any rank.
+        folder: of the checkpoints.
+        tag: which one.
+        wanted_of: says what to fill; it may look into the checkpoint, and refuse it with a CheckpointError.
+        everything: whether to check also the bytes that nobody wants.
+
+    Returns:
+        None when no tag is asked for and there is no checkpoint at all.
 
     Raises:
-        CheckpointError: a tensor is not in the checkpoint, or has another shape.
+        CheckpointError: the same on every rank: see ``find``; or what is wanted is not in the checkpoint.
     """
-    what = f"checkpoint {str(saved.path)!r}: not loaded"
-    tensors: dict[str, torch.Tensor] = {}
-    together(what, lambda: tensors.update(tensors_of()))
+    touched: set[str] = set()
+    for path in _paths(folder, tag):
+        stored = _open(path, pass_over=tag is None)
+        if stored is None:
+            continue
+        what = f"checkpoint {str(path)!r}: not loaded"
+        wanted: list[Shard] = []
+        together(what, partial(_ask, wanted_of, stored, touched, wanted))
+        loaded, damage = _read_all(stored, wanted, everything=everything)
+        if loaded is not None:
+            return loaded
+        _pass_over(path, damage, pass_over=tag is None)
+        touched |= {shard.name for shard in wanted}
+    _refuse_none_whole(folder, tag)
+    return None
 
-    def load() -> None:
+
+def read_into(stored: Stored, wanted: list[Shard], *, everything: bool = False) -> str | None:
+    """Fill ranges in place. Collective.
+
+    Returns:
+        The first damage that any rank found; what was to be filled is then undefined.
+
+    Raises:
+        CheckpointError: the same on every rank: a range is not in the checkpoint.
+    """
+    found = together(
+        f"checkpoint {str(stored.path)!r}: not loaded", lambda: fill(stored, wanted, everything=everything)
+    )
+    return next((damage for damage in found if damage is not None), None)
+
+
+def _paths(folder: Path, tag: str | None) -> list[Path]:
+    def look() -> list[Path]:
+        if tag is not None:
+            layout.check_tag(tag)
+            return [folder / tag]
+        paths = candidates(folder)
+        if not paths:
+            layout.check_foreign(folder)
+        return paths
+
+    return on_rank_0(f"checkpoint folder {str(folder)!r}: not loaded", look)
+
+
+def _open(path: Path, *, pass_over: bool) -> Stored | None:
+    """The checkpoint in a folder; None where it is passed over."""
+
+    def look() -> tuple[Stored | None, str | None]:
         try:
-            load_sharded(tensors, storage_reader=PlainReader(saved.path))
-        except CheckpointException as error:
-            failure = error.failures.get(dist.get_rank())
-            if failure is not None:  # else another rank says why
-                raise CheckpointError(reason(failure[0])) from None
+            return read_stored(read_manifest(path)), None
+        except DamagedError as error:
+            return None, error.damage
+        except CheckpointError as error:
+            if not pass_over:
+                raise
+            return None, str(error)
 
-    together(what, load)
+    stored, damage = on_rank_0(f"checkpoint {str(path)!r}: not loaded", look)
+    if stored is None:
+        _pass_over(path, damage, pass_over=pass_over)
+    return stored
 
 
-def read_rank_state(saved: Saved) -> dict[str, Any] | None:
-    """What this rank left; None when the world has another size now. Collective.
+def _pass_over(path: Path, damage: str | None, *, pass_over: bool) -> None:
+    if not pass_over:
+        raise layout.damaged(path, damage or "")
+    if own_rank() == 0:
+        log.warning("checkpoint %s: damaged: %s; trying the one before", path, damage)
 
-    Raises:
-        CheckpointError: it cannot be read without running code, on some rank.
-    """
-    if saved.world_size != dist.get_world_size():
+
+def _refuse_none_whole(folder: Path, tag: str | None) -> None:
+    """Raise where there are checkpoints, and all of them are damaged. Collective."""
+    count = len(_paths(folder, tag))
+    if count:
+        raise CheckpointError(
+            f"checkpoint folder {str(folder)!r}: none of its {count} checkpoints is whole; "
+            "load another folder, or start fresh in an empty one",
+            str(folder),
+        )
+
+
+def _ask(wanted_of: Callable[[Stored], list[Shard]], stored: Stored, touched: set[str], wanted: list[Shard]) -> None:
+    wanted += wanted_of(stored)
+    mixed = touched - {shard.name for shard in wanted}
+    if mixed:
+        raise CheckpointError(
+            f"{min(mixed)!r} was filled from a newer checkpoint that turned out to be damaged, and is not in this one; "
+            "name the tag to load"
+        )
+    for shard in wanted:
+        check_range(stored, shard)
+
+
+def _read_all(stored: Stored, wanted: list[Shard], *, everything: bool) -> tuple[Loaded | None, str | None]:
+    """Fill what is wanted, and the tensors in the two states; what came out, or the damage found. Collective."""
+    rank = own_rank() if stored.saved.world_size == world_size() else None
+    client = _tensors_of(stored, f"{CLIENT_STATE}.")
+    own = [] if rank is None else _tensors_of(stored, f"{RANK_STATE}.{rank}.")
+    damage = read_into(stored, [*wanted, *client, *own], everything=everything)
+    if damage is not None:
+        return None, damage
+
+    def decode_both() -> tuple[Any, Any]:
+        client_state = decode(stored.saved.client_state, _shaped(client))
+        return client_state, None if rank is None else decode(read_index(stored.saved, rank).state, _shaped(own))
+
+    states: list[tuple[Any, Any]] = []
+
+    def decode_here() -> str | None:
+        try:
+            states.append(decode_both())
+        except DamagedError as error:
+            return error.damage
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"its client or rank state is not in a form that is read: {error!r}") from None
         return None
-    return _load_plain(saved, "state of its ranks", rank_file(dist.get_rank()))
+
+    found = together(f"checkpoint {str(stored.path)!r}: not loaded", decode_here)
+    damage = next((text for text in found if text is not None), None)
+    return (None, damage) if damage is not None else (Loaded(stored, *states[0]), None)
 
 
-def read_client_state(saved: Saved) -> dict[str, Any]:
-    """What the user left. Collective.
-
-    Raises:
-        CheckpointError: it cannot be read without running code, on some rank.
-    """
-    return _load_plain(saved, "client state", CLIENT_STATE)
-
-
-def _load_plain(saved: Saved, what: str, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-
-    def load() -> None:
-        found.update(torch.load(saved.path / name, weights_only=True, map_location="cpu"))
-
-    together(f"checkpoint {str(saved.path)!r}: {what} not loaded", load)
+def _tensors_of(stored: Stored, prefix: str) -> list[Shard]:
+    """Room for the tensors of a state, in the order of their numbers."""
+    names = [name for name in stored.tensors if name.startswith(prefix) and name.removeprefix(prefix).isdigit()]
+    found = []
+    for name in sorted(names, key=lambda name: int(name.removeprefix(prefix))):
+        entry = stored.tensors[name]
+        count = sum(piece.length for piece in entry.pieces)
+        found.append(Shard(name, entry.shape, 0, torch.empty(count, dtype=DTYPES[entry.dtype])))
     return found
 
 
-def _all_candidates(folder: Path) -> list[Path]:
-    paths = candidates(folder)
-    if not paths and (folder / LATEST).exists():
-        raise CheckpointError(f"it has a file {LATEST!r} but no checkpoint of ours; is it another program's?")
-    return paths
-
-
-def _try(path: Path) -> tuple[Saved | None, str | None]:
-    try:
-        saved = on_rank_0("manifest", lambda: read_manifest(path))
-    except CheckpointError as error:
-        return None, str(error)
-    return saved, _agreed_damage(saved)
-
-
-def _agreed_damage(saved: Saved) -> str | None:
-    """Collective. The first damage that any rank found in its share of the files."""
-    mine = sorted(saved.files)[dist.get_rank() :: dist.get_world_size()]
-    found = together("verify", lambda: damage_in(saved, mine))
-    return next((damage for damage in found if damage is not None), None)
+def _shaped(shards: list[Shard]) -> list[torch.Tensor]:
+    return [shard.data.reshape(shard.shape) for shard in shards]

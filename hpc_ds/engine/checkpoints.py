@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpc_ds.checkpoint import reader, writer
+from hpc_ds.checkpoint import reader, retention, writer
 from hpc_ds.checkpoint.agree import on_rank_0
+from hpc_ds.checkpoint.commit import Run
 from hpc_ds.engine import state as train_state
 from hpc_ds.errors import CheckpointError
 from hpc_ds.runtime import preemption
@@ -63,7 +64,7 @@ class Checkpoints:
         self._sharded.reshard()
         tag = str(tag) if tag is not None else f"global_step{engine.global_steps}"
         content = writer.Content(
-            tensors=train_state.tensors_to_save(engine.module, engine.optimizer, frozen=frozen),
+            shards=train_state.shards_to_save(engine.module, engine.optimizer, frozen=frozen),
             rank_state=train_state.random_states(),
             client_state={
                 "client": client,
@@ -73,6 +74,8 @@ class Checkpoints:
             },
             state=self._plain_state(by_itself=by_itself),
             step=engine.global_steps,
+            stage=engine.zero_optimization_stage(),
+            run=self._this_run(),
         )
         writer.save(folder, tag, content, save_latest=save_latest)
         self._client_state = client
@@ -93,17 +96,19 @@ class Checkpoints:
         engine = self._engine
         # Weights taken from elsewhere do not make that place the run's own.
         folder = Path(load_dir) if module_only and load_dir is not None else self._folder_for(load_dir)
-        saved = reader.find(folder, None if tag is None else str(tag))
-        if saved is None:
+        optimizer = engine.optimizer if optimizer_states and not module_only else None
+        self._sharded.reshard()
+        loaded = reader.load(
+            folder,
+            None if tag is None else str(tag),
+            lambda stored: train_state.shards_to_load(stored, engine.module, optimizer, strict=strict),
+        )
+        if loaded is None:
             if engine.global_rank == 0:
                 log.info("checkpoint folder %s: empty; training starts fresh", folder)
             return None, {}
-        optimizer = engine.optimizer if optimizer_states and not module_only else None
-        client, random_states = reader.read_client_state(saved), reader.read_rank_state(saved)
         engine.zero_grad()
-        reader.load_tensors(
-            saved, lambda: train_state.tensors_to_load(saved.path, engine.module, optimizer, strict=strict)
-        )
+        saved, client, random_states = loaded.stored, loaded.client_state, loaded.rank_state
         if optimizer is not None:
             train_state.load_plain_optimizer_state(engine.module, optimizer, client["optimizer"])
         if not module_only:
@@ -168,7 +173,10 @@ class Checkpoints:
         """Remove what the run does not keep of the saves that it made by itself; nobody else's, and none with a name."""
         run = self._run
         if run is not None and run.keep is not None and self._engine.global_rank == 0 and self._folder is not None:
-            writer.prune(self._folder, run.keep, made_by=str(run.files.root))
+            retention.prune(self._folder, retention.Keep(run.keep), made_by=str(run.files.root))
+
+    def _this_run(self) -> Run:
+        return Run() if self._run is None else Run(str(self._run.files.root), self._run.attempt)
 
     def _folder_for(self, given: str | Path | None) -> Path:
         """The folder given, else that of the last save or load, else the run's."""

@@ -12,63 +12,85 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from hpc_ds.checkpoint.metadata import tensors_in
+from hpc_ds.checkpoint.agree import own_rank, world_size
+from hpc_ds.checkpoint.shards import DTYPES, Shard, own_share
 from hpc_ds.engine.schedule import Schedule
 from hpc_ds.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
+
+    from hpc_ds.checkpoint.stored import Stored, StoredTensor
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 _MOVED_BY_SCHEDULES = ("lr", "momentum", "betas")
 
 
-def tensors_to_save(
-    module: nn.Module, optimizer: torch.optim.Optimizer | None, *, frozen: bool = True
-) -> dict[str, torch.Tensor]:
-    """Parameters, persistent buffers and the optimizer's tensors, by name."""
+def shards_to_save(module: nn.Module, optimizer: torch.optim.Optimizer | None, *, frozen: bool = True) -> list[Shard]:
+    """What this rank writes of parameters, persistent buffers and the optimizer's tensors.
+
+    A tensor that several ranks hold is split among them.
+    """
     tensors = {_MODEL + name: tensor for name, tensor in _model_tensors(module, frozen=frozen).items()}
     if optimizer is not None:
         for name, parameter in module.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
                     tensors[f"{_OPTIMIZER}{name}.{key}"] = value
-    return tensors
+    return [_to_write(name, tensor) for name, tensor in tensors.items()]
 
 
-def tensors_to_load(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None, *, strict: bool
-) -> dict[str, torch.Tensor]:
-    """The tensors of this process that a checkpoint fills, in place.
+def shards_to_load(
+    stored: Stored, module: nn.Module, optimizer: torch.optim.Optimizer | None, *, strict: bool
+) -> list[Shard]:
+    """The ranges that this rank holds, to be filled in place from a checkpoint.
 
     State that the optimizer does not have yet is made, in the shape that the checkpoint has.
 
     Raises:
         CheckpointError: model and checkpoint differ in names or shapes.
     """
-    stored = tensors_in(path)
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in _model_tensors(module).items():
-        entry = stored.get(_MODEL + name)
+        entry = stored.tensors.get(_MODEL + name)
         if entry is None:
             if strict:
-                raise CheckpointError(
-                    f"checkpoint {str(path)!r}: it has no {name!r}; load_module_strict=False passes it over"
-                )
-        elif entry.size != tensor.shape:
+                raise CheckpointError(f"it has no {name!r}; load_module_strict=False passes it over")
+        elif entry.shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"checkpoint {str(path)!r}: {name!r} has shape {tuple(entry.size)}, the model {tuple(tensor.shape)}; load it "
-                "into the model that it was saved from"
+                f"{name!r} has shape {entry.shape}, the model {tuple(tensor.shape)}; load it into the model that it was "
+                "saved from"
             )
         else:
             tensors[_MODEL + name] = tensor
-    _refuse_extra(path, stored, tensors, strict=strict)
+    _refuse_extra(stored, tensors, strict=strict)
     if optimizer is not None:
-        tensors |= _optimizer_tensors(stored, module, optimizer)
-    return tensors
+        tensors |= _optimizer_tensors(stored.tensors, module, optimizer)
+    return [_held(name, tensor) for name, tensor in tensors.items()]
+
+
+def _held(name: str, tensor: torch.Tensor) -> Shard:
+    """The range of a tensor that this rank holds; memory is shared with it."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return Shard(name, tuple(tensor.shape), 0, tensor.view(-1))
+    rows, start = tensor.shape[0], 0
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_shard(0):
+            # FSDP2 cuts as torch.chunk does: all parts but the last ones have the same size.
+            start = min(rows, tensor.device_mesh.get_local_rank(dim) * -(-rows // tensor.device_mesh.size(dim)))
+    row = tensor[:0].numel() if rows == 0 else tensor.numel() // rows
+    return Shard(name, tuple(tensor.shape), start * row, tensor.to_local().view(-1))
+
+
+def _to_write(name: str, tensor: torch.Tensor) -> Shard:
+    """The range of a tensor that this rank writes."""
+    held = _held(name, tensor)
+    if held.data.numel() < tensor.numel() or not held.data.numel():
+        return held
+    return own_share(name, held.data.view(tensor.shape), own_rank(), world_size())
 
 
 def plain_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Any]]:
@@ -140,16 +162,14 @@ def _model_tensors(module: nn.Module, *, frozen: bool = True) -> dict[str, torch
     return {name: value.detach() for name, value in {**parameters, **buffers}.items()}
 
 
-def _refuse_extra(path: Path, stored: dict[str, Any], tensors: dict[str, torch.Tensor], *, strict: bool) -> None:
-    extra = [name.removeprefix(_MODEL) for name in stored if name.startswith(_MODEL) and name not in tensors]
+def _refuse_extra(stored: Stored, tensors: dict[str, torch.Tensor], *, strict: bool) -> None:
+    extra = [name.removeprefix(_MODEL) for name in stored.tensors if name.startswith(_MODEL) and name not in tensors]
     if extra and strict:
-        raise CheckpointError(
-            f"checkpoint {str(path)!r}: the model has no {extra[0]!r}; load_module_strict=False passes it over"
-        )
+        raise CheckpointError(f"the model has no {extra[0]!r}; load_module_strict=False passes it over")
 
 
 def _optimizer_tensors(
-    stored: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer
+    stored: dict[str, StoredTensor], module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
     keys_of: dict[str, list[str]] = {}
     for full_name in stored:
@@ -170,12 +190,12 @@ def _optimizer_tensors(
     return tensors
 
 
-def _like(entry: Any, parameter: nn.Parameter, present: object, group: dict[str, Any]) -> torch.Tensor:
+def _like(entry: StoredTensor, parameter: nn.Parameter, present: object, group: dict[str, Any]) -> torch.Tensor:
     """A tensor for one piece of optimizer state: sharded like its parameter where it has its shape."""
-    if isinstance(present, torch.Tensor) and present.shape == entry.size:
+    if isinstance(present, torch.Tensor) and tuple(present.shape) == entry.shape:
         return present
-    if entry.size == parameter.shape and parameter.dim() > 0:
-        return torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
+    if entry.shape == tuple(parameter.shape) and parameter.dim() > 0:
+        return torch.zeros_like(parameter, dtype=DTYPES[entry.dtype], requires_grad=False)
     # Step counters stay on the CPU unless a kernel on the device reads them.
     device = parameter.device if group.get("fused") or group.get("capturable") or parameter.dim() == 0 else "cpu"
-    return torch.zeros(entry.size, dtype=entry.properties.dtype, device=device)
+    return torch.zeros(entry.shape, dtype=DTYPES[entry.dtype], device=device)
