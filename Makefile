@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # make demo PIP_TORCH="--index-url <the CPU index named on pytorch.org> torch"
 PIP_TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-fast check format docs clean
+.PHONY: demo test test-fast test-long check format docs clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ test: $(VENV)/.installed-dev
 # Without Slurm, MPI or whole jobs: what needs seconds.
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slurm and not mpi and not ranks and not local" $(PYTEST_ARGS)
+
+# What takes too long for every change: hundreds of saves that are killed on the way.
+test-long: $(VENV)/.installed-dev
+	HPCDS_LONG=1 $(BIN)/python -m pytest tests/checkpoint/test_chaos.py $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

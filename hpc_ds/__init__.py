@@ -24,6 +24,9 @@ _HOME = {
     "submit": "hpc_ds.cluster.callables",
 }
 
+# What scripts use as a module of its own: hpc_ds.zero.GatheredParameters, hpc_ds.checkpointing.checkpoint.
+_MODULES = {"checkpointing": "hpc_ds.checkpointing", "zero": "hpc_ds.zero"}
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -34,12 +37,15 @@ __all__ = [
     "RankError",
     "__version__",
     "add_config_arguments",
+    "checkpointing",
     "init_distributed",
     "initialize",
     "submit",
+    "zero",
 ]
 
 if TYPE_CHECKING:
+    from hpc_ds import checkpointing, zero
     from hpc_ds.cluster.callables import submit
     from hpc_ds.engine.engine import Engine
     from hpc_ds.engine.initialize import add_config_arguments, initialize
@@ -50,9 +56,13 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     """Load a public name from the room it lives in."""
-    if name not in _HOME:
+    value: object
+    if name in _MODULES:
+        value = importlib.import_module(_MODULES[name])
+    elif name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    else:
         raise AttributeError(f"module 'hpc_ds' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 

@@ -11,7 +11,7 @@ RUNS/<name>-<stamp>/
     checkpoints/         unless the job names another place
     attempts.jsonl       the ledger: one line when an attempt opens, one when it closes
     events.jsonl         steps, saves and resumes, written by rank 0
-    deadline             seconds since the epoch at which ranks must begin to save, before the time limit
+    deadline             seconds since the epoch at which ranks must begin to save, and at which the job ends
     rendezvous/          where rank 0 publishes its address
     local/               site local: state of the job, requests to its keeper
 """

@@ -10,10 +10,15 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 from slurm_cluster import PROGRAMS, SlurmCluster, missing_programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 NEEDED_PROGRAMS = {"slurm": PROGRAMS, "mpi": ("mpirun",)}
 

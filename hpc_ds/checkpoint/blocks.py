@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 import xxhash
 
 from hpc_ds.checkpoint.index import ALIGNMENT, blocks_of
+from hpc_ds.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,12 +73,12 @@ class DataFile:
     Attributes:
         header: checksum of the bytes before the data.
         blocks: checksums of the data's blocks.
+        size_bytes: of the data.
     """
 
     def __init__(self, path: Path, header: bytes, size: int, source: Source) -> None:
-        self._path = path
         self._header = header
-        self._size = size
+        self.size_bytes = size
         self._source = source
         self.header = checksum(header)
         self._blocks = blocks_of(size)
@@ -86,7 +87,7 @@ class DataFile:
         self._failures: list[BaseException] = []
         self._descriptor = _create(path)
         self._lanes = [
-            threading.Thread(target=self._run, args=(lane,), name=f"hpc_ds checkpoint lane {lane}")
+            threading.Thread(target=self._run, args=(lane,), name=f"hpc_ds checkpoint lane {lane}", daemon=False)
             for lane in range(min(LANES, max(1, len(self._blocks))))
         ]
 
@@ -108,11 +109,19 @@ class DataFile:
             for failure in self._failures:
                 raise failure
             os.ftruncate(
-                self._descriptor, len(self._header) + self._size
+                self._descriptor, len(self._header) + self.size_bytes
             )  # the last block was written with its padding
             os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
+
+    def cancel(self) -> None:
+        """Write no further block; ``finish`` then raises."""
+        self._failures.append(CheckpointError("it was given up for a newer one"))
+
+    def abandon(self) -> None:
+        """Close the file instead of ``start``."""
+        os.close(self._descriptor)
 
     def _run(self, lane: int) -> None:
         try:
@@ -145,23 +154,18 @@ def _create(path: Path) -> int:
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset``, without O_DIRECT from where it is refused."""
+    refused = False
     while data:
         try:
             count = os.pwrite(descriptor, data, offset)
         except OSError as error:
-            if error.errno != errno.EINVAL or not _leave_direct(descriptor):
+            if error.errno != errno.EINVAL or refused:
                 raise
+            refused = True  # once, also where the other lane was faster to leave O_DIRECT
+            flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
             continue
         data, offset = data[count:], offset + count
-
-
-def _leave_direct(descriptor: int) -> bool:
-    """Go through the page cache from now on; False where that is so already."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    if not flags & os.O_DIRECT:
-        return False
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-    return True
 
 
 def read_all(descriptor: int, into: memoryview, offset: int) -> int:

@@ -2,7 +2,8 @@
 
 1. ``begin`` makes ``.saving-<tag>-<id>/`` and says in it whose it is
 2. every rank writes its data file, then its index, and flushes both and the folder
-3. ``publish`` writes the manifest, renames the folder to ``<tag>``, flushes, then replaces ``latest``
+3. ``publish`` writes the manifest, checks that the files fit together, renames the folder to ``<tag>``, flushes, then
+   replaces ``latest``
 
 There are no locks, because shared filesystems do not keep them. A hidden folder belongs to the process that began it:
 dead is one whose process is gone (where that can be seen from here), one of an earlier attempt of the same run, and one
@@ -27,12 +28,13 @@ from hpc_ds.checkpoint.layout import (
     REMOVING,
     REPLACED,
     SAVING,
-    check_tag,
+    read_manifest,
     tag_of,
     write_manifest,
 )
+from hpc_ds.checkpoint.stored import read_stored
 from hpc_ds.cluster.process import is_alive, start_time
-from hpc_ds.run_dir import fsync_folder, read_object, write_atomic
+from hpc_ds.run_dir import fsync_folder, read_object
 
 _OWNER = ".owner.json"
 _SILENT_S = 3600.0  # seconds without a write after which a save that cannot be asked counts as dead
@@ -53,7 +55,6 @@ _under_way: set[str] = set()
 
 def begin(folder: Path, tag: str, run: Run) -> Path:
     """Make the hidden folder of a new save, after clearing away what dead saves left. For one process."""
-    check_tag(tag)
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         fsync_folder(folder.parent)
@@ -78,16 +79,22 @@ def publish(hidden: Path, final: Path, manifest: dict[str, Any], *, save_latest:
     """Make a complete save visible. Killed at any point, the old checkpoint of that tag or the new one is whole.
 
     All that needs room on the disk is written before the first rename; when a rename fails, what was done is undone.
+
+    Raises:
+        DamagedError: what the ranks wrote does not fit together.
     """
     folder = final.parent
-    replaced = folder / f"{REPLACED}{final.name}-{uuid.uuid4().hex[:8]}"
+    replaced = folder / f"{REPLACED}{final.name}-{id_of(hidden)}"
     latest = folder / f".{LATEST}.{id_of(hidden)}"
     try:
         if (final / PINNED).exists():
             (hidden / PINNED).touch()
         write_manifest(hidden, manifest)
+        # Whether the files are all there, and cover each tensor once: what cannot be loaded must not be called saved.
+        # Without threads: the interpreter may be ending.
+        read_stored(read_manifest(hidden), lanes=1)
         if save_latest:
-            write_atomic(latest, final.name)
+            _write_durable(latest, final.name)
         if final.exists():
             final.rename(replaced)
         hidden.rename(final)
@@ -104,6 +111,13 @@ def publish(hidden: Path, final: Path, manifest: dict[str, Any], *, save_latest:
         (final / _OWNER).unlink()
     if replaced.exists():
         remove(replaced)
+
+
+def _write_durable(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _undo(hidden: Path, final: Path, replaced: Path) -> None:
@@ -152,14 +166,16 @@ def clear(folder: Path, run: Run, now: float) -> None:
         elif path.name.startswith(SAVING) and _is_dead(path, run, now):
             remove(path)
         elif path.name.startswith(REPLACED):
-            _settle(path)
-        elif path.name.startswith(f".{LATEST}.") and _age(path, now) > _UNSIGNED_S:  # from inside of write_atomic
+            _settle(path, run, now)
+        elif path.name.startswith(f".{LATEST}.") and _age(path, now) > _UNSIGNED_S:  # from inside of publish
             path.unlink(missing_ok=True)
 
 
-def _settle(old: Path) -> None:
+def _settle(old: Path, run: Run, now: float) -> None:
     """A checkpoint whose successor never arrived gets its name back; one whose successor did is done with."""
-    name = old.with_name(tag_of(old))
+    name, successor = old.with_name(tag_of(old)), old.with_name(SAVING + old.name.removeprefix(REPLACED))
+    if successor.exists() and not _is_dead(successor, run, now):
+        return  # another process is between its two renames
     if name.exists():
         remove(old)
     else:

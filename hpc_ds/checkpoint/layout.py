@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.errors import CheckpointError, DamagedError
-from hpc_ds.run_dir import write_json
+from hpc_ds.run_dir import write_atomic
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,7 +118,8 @@ def failed_file(rank: int) -> str:
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of the checkpoint in a folder, with its seal; it is durable on return."""
-    write_json(path / MANIFEST, {**manifest, "seal": _seal(manifest)})
+    # Nothing but ASCII: a user's text may hold what UTF-8 cannot.
+    write_atomic(path / MANIFEST, json.dumps({**manifest, "seal": _seal(manifest)}, indent=2))
 
 
 def _seal(manifest: dict[str, Any]) -> str:
@@ -237,13 +238,8 @@ def listed(folder: Path) -> list[tuple[Path, Saved | None, str | None]]:
 
 
 def newest_step(folder: Path) -> int | None:
-    """The step of the newest checkpoint that its manifest can be read of; None where there is none."""
-    for path in candidates(folder):
-        try:
-            return read_manifest(path).step
-        except CheckpointError:
-            continue
-    return None
+    """The step that a load would go on from, as far as one look at each file shows; None where there is none."""
+    return next((saved.step for _, saved, damage in listed(folder) if saved is not None and damage is None), None)
 
 
 def check_foreign(folder: Path) -> None:

@@ -7,6 +7,7 @@ range is aligned to its elements and no element stands on both sides of a block'
 from __future__ import annotations
 
 import math
+import threading
 from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from hpc_ds.checkpoint.blocks import LANES, Aligned, padded
-from hpc_ds.checkpoint.index import BLOCK_BYTES, ITEM_BYTES, Entry
+from hpc_ds.checkpoint.index import ALIGNMENT, BLOCK_BYTES, ITEM_BYTES, Entry
 from hpc_ds.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Staging:
     """Copies shards block by block into one buffer a lane: what a synchronous save writes from."""
 
     def __init__(self, placed: Sequence[tuple[Entry, torch.Tensor]]) -> None:
+        _synchronize(placed)  # the threads that copy have streams of their own
         filled = [(entry, data) for entry, data in placed if entry.length]
         self._offsets = [entry.offset for entry, _ in filled]
         self._data = [as_bytes(data) for _, data in filled]
@@ -130,23 +132,47 @@ class Arena:
 
     def __init__(self) -> None:
         self._memory = np.empty(0, dtype=np.uint8)
+        self._reserving: threading.Thread | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its memory."""
+        return len(self._memory)
+
+    def reserve(self, size: int, *, pinned: bool = False) -> None:
+        """Get memory for a copy of ``size`` bytes in a thread: the first touch of each page costs more than the copy."""
+
+        def touch() -> None:
+            self._memory = _host_memory(size, pinned=pinned)
+            self._memory[::ALIGNMENT] = 0
+
+        self._reserving = threading.Thread(target=touch, name="hpc_ds checkpoint memory", daemon=True)
+        self._reserving.start()
 
     def snapshot(self, placed: Sequence[tuple[Entry, torch.Tensor]]) -> None:
         """Copy everything; on return the shards may change."""
-        size, on_device = data_bytes(placed), [data.device for _, data in placed if data.device.type != "cpu"]
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
+        size = data_bytes(placed)
         if padded(size) > len(self._memory):
             self._memory = np.empty(0, dtype=np.uint8)  # let go of the old one first
-            self._memory = _host_memory(size, pinned=bool(on_device))
+            self._memory = _host_memory(size, pinned=any(data.device.type != "cpu" for _, data in placed))
         for entry, data in placed:
             if entry.length:
                 target = torch.from_numpy(self._memory[entry.offset : entry.offset + entry.size_bytes])
                 target.copy_(as_bytes(data), non_blocking=True)
-        for device in set(on_device):
-            torch.cuda.synchronize(device)
+        _synchronize(placed)
 
     def block(self, lane: int, start: int, stop: int) -> memoryview:  # noqa: ARG002 - one of a Source's
         """See ``blocks.Source``."""
         return self._memory[start : start + padded(stop - start)].data
+
+
+def _synchronize(placed: Sequence[tuple[Entry, torch.Tensor]]) -> None:
+    """Wait for all that devices were told to do."""
+    for device in {data.device for _, data in placed if data.device.type != "cpu"}:
+        torch.accelerator.synchronize(device)
 
 
 def _host_memory(size: int, *, pinned: bool) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

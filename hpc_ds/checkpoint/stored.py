@@ -13,7 +13,7 @@ from hpc_ds.checkpoint.layout import Saved, damaged
 if TYPE_CHECKING:
     from pathlib import Path
 
-_LANES = 8
+LANES = 8  # threads that read indexes
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Stored:
         return self.saved.state
 
 
-def read_stored(saved: Saved) -> Stored:
+def read_stored(saved: Saved, lanes: int = LANES) -> Stored:
     """Read all indexes of a checkpoint, and look at the size of each file.
 
     Raises:
@@ -86,7 +86,7 @@ def read_stored(saved: Saved) -> Stored:
     def read(_lane: int, rank: int) -> None:
         indexes[rank] = read_index(saved, rank)
 
-    each_in_lanes(saved.world_size, _LANES, read)
+    each_in_lanes(saved.world_size, lanes, read)
     files = [index for index in indexes if index is not None]
     ranges: dict[str, list[tuple[int, Entry]]] = {}
     for index in files:

@@ -9,23 +9,23 @@ from __future__ import annotations
 import json
 import platform
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hpc_ds.checkpoint import commit
-from hpc_ds.checkpoint.agree import on_rank_0, own_rank, together, world_size
+from hpc_ds.checkpoint.agree import on_rank_0, own_rank, reason, together, world_size
 from hpc_ds.checkpoint.blocks import DataFile
 from hpc_ds.checkpoint.index import Index, header_of, write_index
-from hpc_ds.checkpoint.layout import FORMAT, data_file
+from hpc_ds.checkpoint.layout import FORMAT, check_tag, data_file
 from hpc_ds.checkpoint.plain import Encoder
 from hpc_ds.checkpoint.shards import Shard, Staging, data_bytes, place
 from hpc_ds.errors import CheckpointError
-from hpc_ds.run_dir import fsync_folder
 from hpc_ds.version import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from hpc_ds.checkpoint.blocks import Source
@@ -64,14 +64,20 @@ class Prepared:
     """Content turned into what stands in files: nothing that follows can fail but memory and the disk.
 
     Attributes:
+        rank: that writes it.
         placed: tensors by their place in the data file.
         rank_state: JSON.
         manifest: all that is known before the files are written.
     """
 
+    rank: int
     placed: list[tuple[Entry, torch.Tensor]]
     rank_state: Any
     manifest: dict[str, Any]
+
+    def without_data(self) -> Prepared:
+        """The same without the tensors, which need not be kept once they are copied."""
+        return replace(self, placed=[(entry, torch.empty(0)) for entry, _ in self.placed])
 
 
 def save(folder: Path, tag: str, content: Content, *, save_latest: bool = True) -> Path:
@@ -96,11 +102,46 @@ def save(folder: Path, tag: str, content: Content, *, save_latest: bool = True) 
             return finish(hidden, data, prepared)
 
         files = together(what, write)
-        manifest = complete(prepared, hidden, files)
+        manifest = complete(prepared.manifest, hidden, files)
         on_rank_0(what, lambda: commit.publish(hidden, folder / tag, manifest, save_latest=save_latest))
     except BaseException:
         if own_rank() == 0:
             commit.give_up(hidden)
+        raise
+    return folder / tag
+
+
+def save_in_turn(
+    folder: Path, tag: str, contents: Iterable[Content], world_size: int, *, save_latest: bool = True
+) -> Path:
+    """Write one checkpoint for ``world_size`` ranks from a single process, one content after another.
+
+    Memory need hold one content at a time. The first one's states and step are those of the checkpoint.
+
+    Raises:
+        CheckpointError: nothing of this save is visible, and all before it is untouched.
+    """
+    check_tag(tag)
+    files: list[dict[str, dict[str, Any]]] = []
+    made: list[Path] = []
+    manifests: list[dict[str, Any]] = []
+    try:
+        for rank, content in enumerate(contents):
+            prepared = prepare(content, rank, world_size)
+            manifests.append(prepared.manifest)
+            if not made:
+                made.append(commit.begin(folder, tag, content.run))
+            hidden = made[0]
+            data = open_data(hidden, prepared, Staging(prepared.placed))
+            data.start()
+            files.append(finish(hidden, data, prepared))
+        manifest = complete(manifests[0], made[0], files)
+        commit.publish(made[0], folder / tag, manifest, save_latest=save_latest)
+    except BaseException as error:
+        for hidden in made:
+            commit.give_up(hidden)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"checkpoint {str(folder / tag)!r}: not saved: {reason(error)}") from error
         raise
     return folder / tag
 
@@ -111,11 +152,12 @@ def begin(folder: Path, tag: str, content: Content) -> tuple[Prepared, Path]:
     Raises:
         CheckpointError: the same on every rank; nothing was written.
     """
+    check_tag(tag)
     found: list[Prepared] = []
     made: list[Path] = []
 
     def prepare_and_begin() -> Path | None:
-        found.append(prepare(content))
+        found.append(prepare(content, own_rank(), world_size()))
         if own_rank() == 0:
             made.append(commit.begin(folder, tag, content.run))
         return made[0] if made else None
@@ -129,13 +171,13 @@ def begin(folder: Path, tag: str, content: Content) -> tuple[Prepared, Path]:
     return found[0], hidden  # type: ignore[return-value]
 
 
-def prepare(content: Content) -> Prepared:
-    """Turn content into what stands in files.
+def prepare(content: Content, rank: int, world_size: int) -> Prepared:
+    """Turn content into what stands in the files of a rank.
 
     Raises:
         CheckpointError: something in it cannot be stored.
     """
-    rank, shards = own_rank(), list(content.shards)
+    shards = list(content.shards)
     states, client = Encoder(), Encoder()
     rank_state = states.encode(content.rank_state, "rank_state")
     client_state = client.encode(content.client_state, "client_state")
@@ -150,7 +192,7 @@ def prepare(content: Content) -> Prepared:
     manifest = {
         "format": FORMAT,
         "step": content.step,
-        "world_size": world_size(),
+        "world_size": world_size,
         "stage": content.stage,
         "created": time.time(),
         "versions": {"hpc_ds": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
@@ -158,22 +200,26 @@ def prepare(content: Content) -> Prepared:
         "state": content.state,
         "client_state": client_state,
     }
-    return Prepared(place(shards), rank_state, manifest)
+    return Prepared(rank, place(shards), rank_state, manifest)
 
 
 def open_data(hidden: Path, prepared: Prepared, source: Source) -> DataFile:
-    """The data file of this rank, ready to be started."""
+    """The data file of a rank, ready to be started."""
     header = header_of(entry for entry, _ in prepared.placed)
-    return DataFile(hidden / data_file(own_rank()), header, data_bytes(prepared.placed), source)
+    return DataFile(hidden / data_file(prepared.rank), header, data_bytes(prepared.placed), source)
 
 
 def finish(hidden: Path, data: DataFile, prepared: Prepared) -> dict[str, dict[str, Any]]:
-    """Wait for the data file, write its index, and flush the folder; returns what the manifest says of both."""
+    """Wait for the data file, then write its index; both and their names are durable on return.
+
+    Returns:
+        What the manifest says of them.
+    """
     data.finish()
     header, size = header_of(entry for entry, _ in prepared.placed), data_bytes(prepared.placed)
     index = Index(
         save=commit.id_of(hidden),
-        rank=own_rank(),
+        rank=prepared.rank,
         data_start=len(header),
         data_bytes=size,
         header=data.header,
@@ -181,12 +227,12 @@ def finish(hidden: Path, data: DataFile, prepared: Prepared) -> dict[str, dict[s
         entries=[entry for entry, _ in prepared.placed],
         state=prepared.rank_state,
     )
-    described = write_index(hidden, index)
-    fsync_folder(hidden)
-    return described
+    return write_index(hidden, index)
 
 
-def complete(prepared: Prepared, hidden: Path, files: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+def complete(manifest: dict[str, Any], hidden: Path, files: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """The manifest, from what every rank said of its files."""
+    if len(files) != manifest["world_size"]:
+        raise TypeError(f"{len(files)} ranks have written, not {manifest['world_size']}")
     listed = {name: entry for of_rank in files for name, entry in of_rank.items()}
-    return {**prepared.manifest, "id": commit.id_of(hidden), "files": listed}
+    return {**manifest, "id": commit.id_of(hidden), "files": listed}

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from hpc_ds.cli import config, hostfile, runs, submit
+from hpc_ds.cli import checkpoint, config, hostfile, runs, submit
 from hpc_ds.errors import HpcdsError
 from hpc_ds.version import __version__
 
@@ -29,6 +29,7 @@ app.command("cancel")(runs.cancel)
 app.command("preempt")(runs.preempt)
 app.command("resume")(runs.resume)
 app.command("hostfile")(hostfile.hostfile)
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.command("supervise")(runs.supervise)
 

@@ -103,7 +103,5 @@ def _warn(job: JobConfig) -> None:
     warnings = []
     if isinstance(job.training, dict):
         warnings += check_training(job.training, job.resources, "job")
-    if job.checkpoint.async_:
-        warnings.append("checkpoint.async: saves are synchronous in this version")
     for warning in warnings:
         typer.echo(f"hpcds: warning: {warning}", err=True)

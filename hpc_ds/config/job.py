@@ -82,6 +82,7 @@ def _one_line(text: str) -> str:
 
 Line = Annotated[str, AfterValidator(_one_line)]
 Positive = Annotated[int, Field(ge=1)]
+Minutes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Resources(Model):
@@ -139,9 +140,25 @@ class Checkpoint(Model):
 
     dir: Line | None = Field(None, description="default: checkpoints/ in the run folder")
     every_steps: Positive | None = None
-    every_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 30.0
+    every_minutes: Minutes | Literal["auto"] | None = Field(
+        30.0, description='"auto": as often as loses the least time, from the cost of a save and the failures so far'
+    )
+    shortest_minutes: Minutes = Field(2.0, description='the least that "auto" chooses')
+    longest_minutes: Minutes = Field(60.0, description='the most that "auto" chooses')
     keep: Positive | None = Field(3, description="how many to keep; null keeps all")
-    async_: bool = Field(default=False, alias="async", description="accepted; saves are synchronous in this version")
+    keep_every: Positive | None = Field(None, description="besides, keep those whose step is a multiple of this")
+    async_: bool = Field(
+        default=True, alias="async", description="saves that the engine makes by itself are written behind the training"
+    )
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Checkpoint:
+        if self.shortest_minutes > self.longest_minutes:
+            raise ValueError(
+                f"checkpoint.shortest_minutes {self.shortest_minutes:g}: above longest_minutes {self.longest_minutes:g}; "
+                "exchange them"
+            )
+        return self
 
 
 class Restart(Model):

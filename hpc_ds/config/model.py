@@ -32,6 +32,7 @@ _WRONG_TYPE = {
     "bool_type": ("neither true nor false", "give true or false without quotes"),
     "list_type": ("not a list", "give a list in [ ]"),
     "dict_type": ("not a section", "give a section in { }"),
+    "string_too_short": ("empty", "write a word"),
     "too_short": ("empty", "give at least one word"),
     "float_parsing": ("not a number", "give a number"),
     "model_type": ("not a section", "give a section in { }"),

@@ -114,10 +114,6 @@ class AutocastConfig(Model):
 
     enabled: bool = Field(default=False, description="run forward under torch.autocast; parameters stay fp32")
     dtype: LongType = Field("bfloat16", description='"bfloat16" or "float16", the latter with a loss scale')
-    lower_precision_safe_modules: list[str] | None = Field(
-        None,
-        description="dotted names of the classes whose gradients may be reduced in `dtype`; `null`: Linear, Conv1d-3d",
-    )
 
 
 class DataTypesConfig(Model):
@@ -158,6 +154,17 @@ class ZeroConfig(Model):
         None, description="ours: class names of the modules that are gathered as one; `null`: found by themselves"
     )
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything is kept in host memory."""
+        return "cpu" in {self.offload_optimizer.device, self.offload_param.device}
+
+    @property
+    def pins(self) -> bool:
+        """Whether what is kept in host memory shall be page-locked."""
+        kept = (section for section in (self.offload_optimizer, self.offload_param) if section.device == "cpu")
+        return any(section.pin_memory for section in kept)
+
 
 class ActivationCheckpointingConfig(Model):
     """DeepSpeed's ``activation_checkpointing`` section, as far as it has a meaning here."""
@@ -187,7 +194,7 @@ class FileMonitorConfig(Model):
 
     enabled: bool = Field(default=False, description="write lr, loss scale and step times there")
     output_path: str = Field("", description="folder; empty: one where the script started")
-    job_name: str = Field("DeepSpeedJobName", description="folder in it")
+    job_name: str = Field("DeepSpeedJobName", min_length=1, description="folder in it")
 
 
 class WandbConfig(Model):

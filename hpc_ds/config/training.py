@@ -98,6 +98,9 @@ class TrainingConfig(Model):
     zero_optimization: ZeroConfig = Field(
         default_factory=ZeroConfig, description="`true` is stage 1 and `false` stage 0, with a warning"
     )
+    zero_allow_untested_optimizer: bool = Field(
+        default=False, description="let an optimizer that we do not know update ranges of parameters, at stages 1 to 3"
+    )
     activation_checkpointing: ActivationCheckpointingConfig = Field(default_factory=ActivationCheckpointingConfig)
     compile: CompileConfig = Field(default_factory=CompileConfig)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)

@@ -30,6 +30,7 @@ class Position:
     Attributes:
         samples: consumed by all ranks together since the run began.
         length: samples of the dataset.
+        usable: samples of it that an epoch has.
         seed: of the order of every epoch.
     """
 
@@ -41,13 +42,13 @@ class Position:
                 "set dataloader_drop_last to false"
             )
         self.samples = 0
-        self.length, self.seed, self._usable = length, seed, usable
+        self.length, self.seed, self.usable = length, seed, usable
         self._micro, self._world_size, self._rank = sizes.micro, sizes.world_size, rank
         self._order_of: tuple[int, torch.Tensor] | None = None
 
     def epoch_of(self, samples: int) -> int:
         """How many epochs are complete when ``samples`` have been consumed."""
-        return samples // self._usable
+        return samples // self.usable
 
     @property
     def together(self) -> int:
@@ -56,7 +57,7 @@ class Position:
 
     def micro_batches_left(self) -> int:
         """Micro-batches until the present epoch is complete."""
-        left = self._usable - self.samples % self._usable
+        left = self.usable - self.samples % self.usable
         return -(-left // self.together)
 
     def indices(self, samples: int) -> list[int]:
@@ -65,7 +66,7 @@ class Position:
         return [self._index(place) for place in range(first, first + self._micro)]
 
     def _index(self, place: int) -> int:
-        epoch, within = divmod(place, self._usable)
+        epoch, within = divmod(place, self.usable)
         key = self.seed * 1_000_003 + epoch
         if self._order_of is None or self._order_of[0] != key:
             self._order_of = (key, torch.randperm(self.length, generator=torch.Generator().manual_seed(key)))
@@ -139,7 +140,7 @@ class TrainingLoader:
         return self.position.micro_batches_left()
 
     def state_dict(self, unfinished: int = 0) -> dict[str, Any]:
-        """Seed, epoch, and samples consumed.
+        """Seed, epoch, samples consumed, and how many an epoch has.
 
         Args:
             unfinished: micro-batches of each rank whose step is not complete; they will be handed out again.
@@ -151,6 +152,7 @@ class TrainingLoader:
             "epoch": position.epoch_of(samples),
             "seed": position.seed,
             "length": position.length,
+            "usable": position.usable,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -165,4 +167,7 @@ class TrainingLoader:
                 "with the data it was trained on, or with load_module_only=True"
             )
         self.position.seed = int(state["seed"])
-        self.position.samples = int(state["samples"])
+        # With drop_last another batch size leaves out others at the end: the place within the epoch is what stays.
+        usable = self.position.usable
+        epoch, within = divmod(int(state["samples"]), int(state.get("usable", usable)))
+        self.position.samples = epoch * usable + min(within, usable)

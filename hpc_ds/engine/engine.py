@@ -15,52 +15,38 @@ import logging
 import math
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from hpc_ds.engine.agreement import Agreed, agree
 from hpc_ds.engine.checkpoints import Checkpoints
+from hpc_ds.engine.loss_scale import LossScale
+from hpc_ds.engine.outputs import Outputs
+from hpc_ds.engine.passes import Passes
+from hpc_ds.engine.saving import Saving
+from hpc_ds.engine.surface import Surface, compute_dtype, explain_buffers, refuse_not_scalar, scaled_by
+from hpc_ds.engine.watching import Watch
+from hpc_ds.engine.weights import load_whole, save_whole, whole_state
 from hpc_ds.errors import ConfigError, DivergedError
 from hpc_ds.runtime import preemption
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hpc_ds.config.training import BatchSizes, TrainingConfig
+    from hpc_ds.config.batch import BatchSizes
+    from hpc_ds.config.training import TrainingConfig
     from hpc_ds.engine.data import TrainingLoader
-    from hpc_ds.engine.loss_scale import LossScale
-    from hpc_ds.engine.sharding import Sharded
+    from hpc_ds.engine.sharding import Sharding
     from hpc_ds.runtime.rank import Rank
     from hpc_ds.runtime.run import CurrentRun
 
 log = logging.getLogger("hpc_ds")
 
 
-@dataclass(frozen=True, slots=True)
-class _Agreed:
-    """What all ranks know after the one collective of a step.
-
-    Attributes:
-        grad_norm: global L2 norm, unscaled, before clipping; not finite after an overflow.
-        loss: mean over ranks and micro-batches.
-        stop: some rank was told to stop.
-        save: rank 0's clock says that a save is due.
-    """
-
-    grad_norm: float
-    loss: float
-    stop: bool
-    save: bool
-
-    @property
-    def overflowed(self) -> bool:
-        return not math.isfinite(self.grad_norm)
-
-
-class Engine:
+class Engine(Surface):
     """A module in training. Made by ``hpc_ds.initialize``; call it like the module.
 
     Attributes:
@@ -70,46 +56,61 @@ class Engine:
         global_samples: samples seen by all ranks.
         skipped_steps: steps without an update, because gradients overflowed.
         micro_steps: micro-batches of this rank.
+        sharding: the module's pieces; for code of ours.
     """
 
     def __init__(
         self,
-        sharded: Sharded,
+        sharding: Sharding,
         optimizer: torch.optim.Optimizer | None,
-        loss_scale: LossScale,
         config: TrainingConfig,
         sizes: BatchSizes,
         rank: Rank,
         run: CurrentRun | None,
     ) -> None:
-        self.module = sharded.module
+        self.module = sharding.module
         self.optimizer = optimizer
         self.lr_scheduler: Any = None
         self.training_dataloader: TrainingLoader | None = None
-        self.global_steps = 0
-        self.global_samples = 0
-        self.skipped_steps = 0
-        self.micro_steps = 0
-        self.local_rank = rank.local_rank
-        self.global_rank = rank.rank
-        self.world_size = rank.world_size
-        self._sharded = sharded
-        self._loss_scale = loss_scale
+        self.global_steps = self.global_samples = self.skipped_steps = self.micro_steps = 0
+        self.local_rank, self.global_rank, self.world_size = rank.local_rank, rank.rank, rank.world_size
+        self.sharding = sharding
+        self._loss_scale = LossScale(scaled_by(config))
         self._config = config
         self._sizes = sizes
         self._run = run
-        self._device = next(self.module.parameters()).device
+        self._device = sharding.device
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._agreed: _Agreed | None = None
+        self._agreed: Agreed | None = None
+        self._applied = False
         self._synchronizes = True
+        self._boundary_is: bool | None = None
+        self._passes = Passes()
         self._last_step = time.monotonic()
-        self._checkpoints = Checkpoints(self, sharded, loss_scale, sizes, run)
+        self._outputs = Outputs(
+            sharding.watch_output, self._begin_plain_backward, self._end_backward, self._count_plain
+        )
+        self._watch = Watch(config, sharding.module, self._device, rank.rank, sizes.train)
+        self._checkpoints = Checkpoints(self, sharding, self._loss_scale, run, self._watch)
+        self._saving = Saving(self, self._checkpoints, run)
+        if config.compile.enabled:
+            self.compile()
 
     # forward, backward, step
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's output."""
-        return self.module(*inputs, **kwargs)
+        with self._watch.forward(self.global_steps):
+            try:
+                output = self.module(*inputs, **kwargs)
+            except RuntimeError as error:
+                self.sharding.explain(error)
+                explain_buffers(error, self.module, self._config)
+                raise
+        if self.optimizer is not None and torch.is_grad_enabled():
+            self.sharding.begin_backward(boundary=self._completes())
+            self._outputs.watch(output)
+        return output
 
     forward = __call__
 
@@ -119,7 +120,7 @@ class Engine:
         Args:
             loss: scalar, of this rank's micro-batch.
             retain_graph: as in ``torch.Tensor.backward``.
-            scale_wrt_gas: divide by ``gradient_accumulation_steps``, so that a step has the mean of its micro-batches.
+            scale_wrt_gas: divide by ``gradient_accumulation_steps``; False where the script has divided already.
 
         Returns:
             The loss, divided as it was.
@@ -129,20 +130,70 @@ class Engine:
         """
         if self.optimizer is None:
             raise ConfigError("backward: the engine has no optimizer; give initialize one, or name one in the config")
-        if loss.numel() != 1:
-            raise ConfigError(f"loss of shape {tuple(loss.shape)}: not a scalar; reduce it, for example with .mean()")
-        self._sharded.begin_backward(boundary=self._synchronizes and self.is_gradient_accumulation_boundary())
+        refuse_not_scalar(loss)
         share = loss / self._sizes.accumulation if scale_wrt_gas else loss
-        self._loss_sum += share.detach().double() * (1 if scale_wrt_gas else 1 / self._sizes.accumulation)
-        (share * self._loss_scale.value).backward(retain_graph=retain_graph)
+        self._passes.begin(too_large=1)
+        self._begin_backward()
+        self._loss_sum += share.detach().double().reshape(())
+        self._outputs.expected = True
+        try:
+            with self._watch.measure("bwd"):
+                # In fp32: as a factor of an fp16 loss, 2**16 would be infinite.
+                (share.float() * self._loss_scale.value).backward(retain_graph=retain_graph)
+                self._end_backward()
+        finally:
+            self._outputs.expected = False
         return share
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the loss scale, for ``engine.scale(loss).backward()``."""
+        self._passes.loss_is_scaled()
+        return loss.float() * self._loss_scale.value
+
+    def _begin_backward(self) -> None:
+        if self._loss_scale.exhausted:
+            self.sharding.inspect()
+        self.sharding.begin_backward(boundary=self._completes())
+
+    def _begin_plain_backward(self) -> float:
+        self._passes.begin_plain(self._sizes.accumulation, self._loss_scale.value)
+        self._begin_backward()
+        return self._loss_scale.value
+
+    def _end_backward(self) -> None:
+        self._passes.end()
+        self.sharding.end_backward()
+
+    def _count_plain(self, loss: torch.Tensor) -> None:
+        self._loss_sum += loss.detach().double().reshape(()) / self._sizes.accumulation
+
+    @property
+    def gradient_scale(self) -> float:
+        """The factor that the gradients of this step are too large by, until ``step`` undoes it."""
+        return self._loss_scale.value * self._passes.too_large
+
+    def _completes(self) -> bool:
+        """Whether a backward pass now completes the gradients of a step."""
+        return self._synchronizes and self.is_gradient_accumulation_boundary()
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the present micro-batch is the last of its step."""
+        if self._boundary_is is not None:
+            return self._boundary_is
         return (self.micro_steps + 1) % self._sizes.accumulation == 0
 
-    def step(self) -> None:
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say whether the present micro-batch is the last of its step, from now on instead of the count.
+
+        Every rank must say the same.
+        """
+        self._boundary_is = is_boundary
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Count one micro-batch; at the boundary, take an optimizer step. Collective at the boundary.
+
+        Args:
+            lr_kwargs: for the schedule's ``step``.
 
         Raises:
             Preempted: some rank was told to stop; the run is saved.
@@ -153,68 +204,74 @@ class Engine:
             raise ConfigError("step: inside no_sync the gradients are not complete; leave it first")
         boundary = self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
+        self._applied = False
         if not boundary or self.optimizer is None:
             return
-        agreed = self._agree()
-        self._update(agreed)
+        with self._watch.measure("step"):
+            agreed = self._agree()
+            self._update(agreed, lr_kwargs or {})
         self._count(agreed)
         if agreed.stop:
-            self._checkpoints.save_and_stop()
-        self._checkpoints.save_if_due(minutes_are_over=agreed.save)
+            self._saving.save_and_stop()
+        self._saving.after_step(settled=agreed.settled, due=agreed.save)
 
-    def _agree(self) -> _Agreed:
-        """Ask all ranks at once. Collective."""
-        self._sharded.reshard()  # a forward since the last backward, as in an evaluation, left whole parameters behind
-        self._sharded.reduce_whole()
-        gradients = self._sharded.local_gradients()
-        told = [float(preemption.told_to_stop()), float(self.global_rank == 0 and self._checkpoints.minutes_are_over())]
-        told += [used := float(self._sharded.used()), used * used]
-        numbers = torch.stack([self._sharded.squared_norm(gradients), self._loss_sum / self.world_size])
-        numbers = torch.cat([numbers, torch.tensor(told, dtype=torch.float64, device=self._device)])
-        dist.all_reduce(numbers)
-        squared_norm, loss, stop, save, used, used_squared = numbers.tolist()
-        if int(used) ** 2 != self.world_size * int(used_squared):  # equal only where all ranks have the same number
-            raise ConfigError(
-                "gradients: the ranks used different parameters in this step, and their gradients were mixed up; use the same "
-                "on every rank, for example by adding 0 * parameter.sum() to the loss"
-            )
-        norm = math.sqrt(squared_norm) if squared_norm >= 0 else math.nan
-        self._agreed = _Agreed(norm / self._loss_scale.value, loss, stop > 0, save > 0)
+    def _agree(self) -> Agreed:
+        """Complete the gradients, and ask all ranks at once. Collective."""
+        sharding = self.sharding
+        sharding.adopt()
+        sharding.complete_gradients()
+        told = [preemption.told_to_stop(), False, False]
+        if self.global_rank == 0:
+            told[1:] = self._saving.due_by_the_clock(), self._checkpoints.settled()
+        self._agreed = agree(sharding.squared_norm(), self._loss_sum, told, sharding.used(), self.gradient_scale)
+        sharding.refuse_different_use(self._agreed.users)
         return self._agreed
 
-    def _update(self, agreed: _Agreed) -> None:
+    def _update(self, agreed: Agreed, lr_kwargs: dict[str, Any]) -> None:
         optimizer = self.optimizer
         if optimizer is None:
             return
-        if agreed.overflowed:
-            self.skipped_steps += 1
-        else:
-            self._unscale_and_clip(agreed.grad_norm)
+        self._applied = not agreed.overflowed or (
+            self._config.bf16.enabled and not self._config.bf16.check_grad_overflow
+        )
+        if self._applied:
+            self.sharding.hand_over([users > 0 for users in agreed.users], self._factor(agreed.grad_norm))
             optimizer.step()
+            self.sharding.publish()
             if self.lr_scheduler is not None:
-                self.lr_scheduler.step()
-        self.module.zero_grad(set_to_none=True)  # also of parameters that the optimizer does not have
+                self.lr_scheduler.step(**lr_kwargs)
+        else:
+            self.skipped_steps += 1
+        last = agreed.overflowed and self._loss_scale.exhausted
+        culprit = self._who_diverged() if last else None
+        self.sharding.drop_gradients()
+        self._passes.forget()
         scale = self._loss_scale.value
         try:
-            self._loss_scale.update(agreed.overflowed)
+            self._loss_scale.update(agreed.overflowed, culprit)
         except DivergedError:
             self.record("diverged", step=self.global_steps + 1)
             raise
-        if agreed.overflowed and self.global_rank == 0:
+        if not self._applied and self.global_rank == 0:
             log.warning(
                 "step %d skipped: gradient norm %s; loss scale %g -> %g",
                 self.global_steps + 1, agreed.grad_norm, scale, self._loss_scale.value,
             )  # fmt: skip
 
-    def _unscale_and_clip(self, grad_norm: float) -> None:
-        factor = 1.0 / self._loss_scale.value
-        if self._config.gradient_clipping > 0:
-            factor *= min(1.0, self._config.gradient_clipping / (grad_norm + 1e-6))
-        gradients = self._sharded.local_gradients()
-        if factor != 1.0 and gradients:
-            torch._foreach_mul_(gradients, factor)
+    def _factor(self, grad_norm: float) -> float:
+        """What unscales and clips a gradient in one multiplication."""
+        factor = 1.0 / self.gradient_scale
+        clip_norm = self._config.gradient_clipping
+        return factor * min(1.0, clip_norm / (grad_norm + 1e-6)) if clip_norm > 0 else factor
 
-    def _count(self, agreed: _Agreed) -> None:
+    def _who_diverged(self) -> str | None:
+        """Collective. The first parameter whose gradient was not finite, and the rank that computed it."""
+        told: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(told, self.sharding.culprit)
+        first = next(((rank, name) for rank, name in enumerate(told) if name is not None), None)
+        return None if first is None else f"gradient of {first[1]!r} on rank {first[0]} is not finite"
+
+    def _count(self, agreed: Agreed) -> None:
         self.global_steps += 1
         self.global_samples += self._sizes.train
         self._loss_sum.zero_()
@@ -222,7 +279,7 @@ class Engine:
         self.record(
             "step",
             step=self.global_steps,
-            loss=agreed.loss,
+            loss=agreed.loss if math.isfinite(agreed.loss) else None,
             lr=self.get_lr()[0],
             grad_norm=None if agreed.overflowed else agreed.grad_norm,
             loss_scale=self._loss_scale.value,
@@ -230,9 +287,7 @@ class Engine:
             seconds=round(now - self._last_step, 6),
         )
         self._last_step = now
-        every = self._config.steps_per_print
-        if every is not None and self.global_steps % every == 0 and self.global_rank == 0:
-            log.info("step %d: loss %.4f, lr %.3g", self.global_steps, agreed.loss, self.get_lr()[0])
+        self._watch.step_done(self, agreed)
 
     def record(self, event: str, **fields: Any) -> None:
         """Add one event to the run's, from rank 0; outside of a run, nothing."""
@@ -260,6 +315,7 @@ class Engine:
 
         Raises:
             CheckpointError: the same on every rank; nothing of this save is visible, and training can go on.
+            RankError: some rank did not call it.
         """
         frozen = not exclude_frozen_parameters
         self._checkpoints.save(save_dir, tag, client_state, save_latest=save_latest, frozen=frozen)
@@ -277,7 +333,7 @@ class Engine:
         """Load a checkpoint made at any ZeRO stage and world size. Collective.
 
         Args:
-            load_dir: default: the run's checkpoints. Later saves without a folder go here.
+            load_dir: default: the run's checkpoints. Saves of the run's own go here from now on.
             tag: default: the newest whole one.
             load_module_strict: whether model and checkpoint must have the same names.
             load_optimizer_states: whether the optimizer's state and the loss scale come back.
@@ -289,6 +345,7 @@ class Engine:
 
         Raises:
             CheckpointError: the same on every rank; see ``checkpoint.reader.find``.
+            RankError: some rank did not call it.
         """
         return self._checkpoints.load(
             load_dir,
@@ -299,6 +356,14 @@ class Engine:
             module_only=load_module_only,
         )
 
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the save that is being written behind the training is durable. Collective.
+
+        Raises:
+            CheckpointError: the same on every rank: it failed; the checkpoints before it are untouched.
+        """
+        self._checkpoints.wait()
+
     def register_state(self, name: str, thing: Any) -> None:
         """Let anything with ``state_dict`` and ``load_state_dict`` ride along in every checkpoint.
 
@@ -306,31 +371,45 @@ class Engine:
         """
         self._checkpoints.registered[name] = thing
 
-    def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
+    def save_16bit_model(
+        self,
+        save_dir: str | Path,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
         """Write the whole weights in the compute type as one file that the plain module loads. Collective."""
-        self._checkpoints.save_weights(Path(save_dir) / save_filename, compute_dtype(self._config) or torch.float32)
+        dtype = compute_dtype(self._config) or torch.float32
+        save_whole(self.sharding, Path(save_dir) / save_filename, dtype, frozen=not exclude_frozen_parameters)
         return True
 
-    # what scripts ask
+    save_fp16_model = save_16bit_model
 
-    def train(self, mode: bool = True) -> None:
-        """Put the module in training mode."""
-        self.module.train(mode)
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor] | None:
+        """The whole weights in the types of their masters, on the CPU of rank 0; None on other ranks. Collective."""
+        return whole_state(self.sharding, None, frozen=not exclude_frozen_parameters)
 
-    def eval(self) -> None:
-        """Put the module in evaluation mode."""
-        self.module.eval()
+    def load_module_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True) -> None:
+        """Take up whole weights; every rank gives the same. Collective.
+
+        Raises:
+            ConfigError: names or shapes differ from the module's.
+        """
+        load_whole(self.sharding, state_dict, strict=strict)
+
+    # what scripts change
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Accumulate gradients without communication; for ZeRO stages 0 and 1, which wait for the boundary anyway.
 
         Raises:
-            ConfigError: at stages 2 and 3, which shard gradients at once.
+            ConfigError: at stages 2 and 3, which shard gradients at once, or inside another.
         """
         stage = self._config.zero_optimization.stage
         if stage > 1:
             raise ConfigError(f"no_sync: ZeRO stage {stage} shards gradients at every micro-batch; use stage 0 or 1")
+        if not self._synchronizes:
+            raise ConfigError("no_sync: it is entered already; leave it first")
         self._synchronizes = False
         try:
             yield
@@ -339,57 +418,10 @@ class Engine:
 
     def zero_grad(self) -> None:
         """Drop all gradients, also those of a step that is not complete."""
-        self._sharded.drop_gradients()
+        self.sharding.drop_gradients()
+        self._passes.forget()
         self._loss_sum.zero_()
 
-    def get_global_grad_norm(self) -> float | None:
-        """Norm of the last step's gradients, unscaled, before clipping; None before the first."""
-        return None if self._agreed is None else self._agreed.grad_norm
-
-    def get_lr(self) -> list[float]:
-        """The learning rate of every parameter group."""
-        return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
-
-    def was_step_applied(self) -> bool:
-        """Whether the last call of ``step`` moved parameters."""
-        at_boundary = self.micro_steps > 0 and self.micro_steps % self._sizes.accumulation == 0
-        return at_boundary and self._agreed is not None and not self._agreed.overflowed
-
-    def train_batch_size(self) -> int:
-        """Samples of one step."""
-        return self._sizes.train
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples of one micro-batch of one rank."""
-        return self._sizes.micro
-
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches of one step."""
-        return self._sizes.accumulation
-
-    def zero_optimization_stage(self) -> int:
-        """The ZeRO stage."""
-        return self._config.zero_optimization.stage
-
-    @property
-    def loss_scale(self) -> float:
-        """The factor on the next loss."""
-        return self._loss_scale.value
-
-    @property
-    def device(self) -> torch.device:
-        """Where the module is."""
-        return self._device
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever the engine does not have is the module's."""
-        if name == "module" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.module, name)
-
-
-def compute_dtype(config: TrainingConfig) -> torch.dtype | None:
-    """The type of forward and backward; None leaves the module's own."""
-    if config.fp16.enabled:
-        return torch.float16
-    return torch.bfloat16 if config.bf16.enabled else None
+    def destroy(self) -> None:
+        """Write monitors out. A save behind the training goes on; ``wait_for_checkpoint`` waits for it."""
+        self._watch.close()

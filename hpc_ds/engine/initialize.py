@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
-from pathlib import Path
+from argparse import ArgumentError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from hpc_ds.config.load import read_json
-from hpc_ds.config.training import BatchSizes, TrainingConfig, load_training, resolve_batch_sizes
+from hpc_ds.config.batch import BatchSizes, resolve_batch_sizes
+from hpc_ds.config.load import read_training_config
+from hpc_ds.config.training import TrainingConfig, load_training
+from hpc_ds.engine import activation_checkpointing
+from hpc_ds.engine.client_optimizer import Asked, choose_optimizer
 from hpc_ds.engine.data import Position, TrainingLoader, refuse_iterable
-from hpc_ds.engine.engine import Engine, compute_dtype
-from hpc_ds.engine.loss_scale import LossScale
-from hpc_ds.engine.optimizers import make_optimizer
-from hpc_ds.engine.piece import Piece
+from hpc_ds.engine.engine import Engine
+from hpc_ds.engine.make_sharding import make_sharding
 from hpc_ds.engine.schedules import make_schedule
-from hpc_ds.engine.sharding import Sharded
-from hpc_ds.errors import ConfigError
+from hpc_ds.engine.zero import refuse_owned, register
+from hpc_ds.errors import ConfigError, RankError
 from hpc_ds.runtime.process_group import init_distributed
 from hpc_ds.runtime.run import CurrentRun
+from hpc_ds.runtime.show_log import show_log
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
+    from pathlib import Path
+
+    from hpc_ds.runtime.rank import Rank
 
 log = logging.getLogger("hpc_ds")
 
-_REDUCE_DTYPES = {None: torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add ``--deepspeed``, ``--deepspeed_config`` and ``--local_rank`` to a script's options."""
+    """Add ``--deepspeed`` and ``--deepspeed_config`` to a script's options, where it has not declared them itself."""
     group = parser.add_argument_group("hpc_ds", "training config")
-    group.add_argument("--deepspeed", action="store_true", help="accepted; the engine is always used")
-    group.add_argument("--deepspeed_config", type=str, default=None, help="the DeepSpeed JSON config")
-    group.add_argument("--local_rank", type=int, default=-1, help="accepted; the environment says it")
+    with contextlib.suppress(ArgumentError):
+        group.add_argument("--deepspeed", action="store_true", help="accepted; the engine is always used")
+    with contextlib.suppress(ArgumentError):
+        group.add_argument("--deepspeed_config", type=str, default=None, help="the DeepSpeed JSON config")
     return parser
 
 
@@ -80,120 +84,112 @@ def initialize(  # noqa: PLR0913 - DeepSpeed's signature
         ConfigError: the config, or an argument, is not usable.
         RankError: see ``init_distributed``.
     """
-    if model is None:
-        raise ConfigError("initialize: no model; pass model=")
+    _refuse_model_parallelism(mpu, mesh_param)
+    run = CurrentRun.from_environment()
+    rank = init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    _check_local_rank(args, rank)
+    checked, warnings = load_training(*_config_source(config, config_params, args, run))
+    sizes = resolve_batch_sizes(checked, rank.world_size, _WHO_SAYS.get(rank.source, rank.source))
+    _tell(run, rank, warnings, checked)
+    model = _usable(model, trains=optimizer is not None or checked.optimizer is not None)
+    asked = Asked(model, optimizer, model_parameters)
+    activation_checkpointing.use(checked.activation_checkpointing)
+    sharding = make_sharding(model, checked, _device())
+    chosen = choose_optimizer(optimizer, asked, checked, sharding)
+    engine = Engine(sharding, chosen, checked, sizes, rank, run)
+    register(engine)
+    engine.lr_scheduler = _schedule(lr_scheduler, checked, chosen)
+    engine.training_dataloader = _loader(training_data, checked, sizes, rank.rank, collate_fn)
+    return engine, chosen, engine.training_dataloader, engine.lr_scheduler
+
+
+def _refuse_model_parallelism(mpu: object, mesh_param: object) -> None:
     if mpu is not None or mesh_param is not None:
         raise ConfigError(
             "initialize: mpu and mesh_param are for model parallelism, which is not supported; leave them out"
         )
-    run = CurrentRun.from_environment()
-    rank = init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    checked, warnings = load_training(*_config_source(config or config_params, args, run))
-    sizes = resolve_batch_sizes(checked, rank.world_size)
-    if rank.rank == 0:
-        _tell(run, rank.world_size, warnings)
-    before = _Before(model, optimizer, model_parameters)
-    sharded = _sharded(model, checked)
-    chosen = _optimizer(optimizer, before, checked, model)
-    engine = Engine(sharded, chosen, LossScale(checked.fp16), checked, sizes, rank, run)
-    engine.lr_scheduler = _schedule(lr_scheduler, checked, chosen)
-    if training_data is not None:
-        engine.training_dataloader = _loader(training_data, checked, sizes, rank.rank, collate_fn)
-    return engine, chosen, engine.training_dataloader, engine.lr_scheduler
 
 
-def _tell(run: CurrentRun | None, world_size: int, warnings: list[str]) -> None:
+# Where the world size comes from, by what ``Rank.source`` says.
+_WHO_SAYS = {
+    "env": "as WORLD_SIZE says",
+    "slurm": "srun started so many tasks",
+    "openmpi": "mpirun started so many",
+    "pmi": "mpirun started so many",
+    "single": "no launcher started more",
+    "initialised": "the ranks of the process group",
+}
+
+
+def _check_local_rank(args: Any, rank: Rank) -> None:
+    asked = getattr(args, "local_rank", None)
+    if asked is None:
+        return
+    if isinstance(asked, int) and asked >= 0 and asked != rank.local_rank:
+        raise RankError(
+            f"--local_rank {asked}: the environment says LOCAL_RANK {rank.local_rank}; leave the option out",
+            {"LOCAL_RANK": str(rank.local_rank)},
+        )
+    args.local_rank = rank.local_rank  # scripts choose their device by it
+
+
+def _usable(model: object, *, trains: bool) -> nn.Module:
+    if model is None:
+        raise ConfigError("initialize: no model; pass model=")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model of type {type(model).__name__}: not a torch.nn.Module; pass an instance of one")
+    refuse_owned(model)
+    if trains and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "model: no parameter needs a gradient, so there is nothing to train; set requires_grad, or leave the optimizer out"
+        )
+    return model
+
+
+def _tell(run: CurrentRun | None, rank: Rank, warnings: list[str], config: TrainingConfig) -> None:
+    show_log(rank.rank, config.log_level)
+    if rank.rank != 0:
+        return
     for warning in warnings:
         log.warning(warning)
+    if config.dump_state:
+        log.info("training config: %s", config.model_dump_json())
     if run is not None:
-        run.record("initialized", world_size=world_size)
+        run.record("initialized", world_size=rank.world_size)
 
 
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _sharded(model: nn.Module, config: TrainingConfig) -> Sharded:
-    reduce_dtype = _REDUCE_DTYPES[config.communication_data_type]
-    return Sharded(model, config.zero_optimization.stage, _device(), compute_dtype(config), reduce_dtype)
-
-
-def _config_source(config: Any, args: Any, run: CurrentRun | None) -> tuple[dict[str, Any], str]:
-    from_args = getattr(args, "deepspeed_config", None)
-    if config is not None and from_args is not None:
-        raise ConfigError("initialize: a config is given, and --deepspeed_config too; give one of them")
-    config = config if config is not None else from_args
+def _config_source(config: Any, config_params: Any, args: Any, run: CurrentRun | None) -> tuple[dict[str, Any], str]:
+    asked = {
+        "config": config,
+        "config_params": config_params,
+        "--deepspeed_config": getattr(args, "deepspeed_config", None),
+    }
+    given = [name for name, value in asked.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"initialize: a config is given more than once, as {' and '.join(given)}; give one of them")
+    config = asked[given[0]] if given else None
     if config is None and run is not None and run.training is not None:
         return run.training, str(run.files.config)
     if config is None:
         raise ConfigError(
             'initialize: no config; pass config=, or --deepspeed_config, or name one in the job as "training"'
         )
-    if isinstance(config, dict):
-        return config, "training config"
-    return read_json(Path(os.fspath(config)), "training config"), str(config)
-
-
-class _Before:
-    """The parameters as the caller knows them: sharding puts others in their place, under the same names.
-
-    Attributes:
-        asked_for: what the optimizer shall update, as parameters or groups of them; None for all that need gradients.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: Any, model_parameters: Any) -> None:
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
-        if isinstance(optimizer, torch.optim.Optimizer):
-            model_parameters = optimizer.param_groups
-        self.asked_for = None if model_parameters is None else [self._by_name(item) for item in model_parameters]
-
-    def _by_name(self, item: Any) -> Any:
-        if isinstance(item, tuple):  # an entry of named_parameters()
-            item = item[1]
-        if isinstance(item, dict):
-            parameters = [item["params"]] if isinstance(item["params"], torch.Tensor) else item["params"]
-            return {**item, "params": [self._by_name(parameter) for parameter in parameters]}
-        if item not in self._names:
-            raise ConfigError("model_parameters: one of them is not a parameter of the model; pass model.parameters()")
-        return self._names[item]
-
-    def sharded(self, model: nn.Module) -> list[Any]:
-        """The parameters that the optimizer shall update, now."""
-        now = dict(model.named_parameters())
-        if self.asked_for is None:
-            return [parameter for parameter in now.values() if parameter.requires_grad]
-        return [
-            {**item, "params": [now[name] for name in item["params"]]} if isinstance(item, dict) else now[item]
-            for item in self.asked_for
-        ]
-
-
-def _optimizer(given: Any, before: _Before, config: TrainingConfig, model: nn.Module) -> torch.optim.Optimizer | None:
-    """The client's optimizer, moved onto the sharded parameters, or the config's."""
-    parameters = before.sharded(model)
-    if isinstance(given, torch.optim.Optimizer):
-        if given.state:
-            raise ConfigError(
-                "optimizer: it has taken steps already; hand it over fresh and load its state as a checkpoint"
-            )
-        for group, sharded in zip(given.param_groups, parameters, strict=True):
-            group["params"] = sharded["params"]
-        return given
-    if given is not None:
-        made: torch.optim.Optimizer = given(parameters)
-        return made
-    if config.optimizer is None:
-        return None
-    pieces = {one: Piece(name, one.shape, 0, one, shared=False) for name, one in model.named_parameters()}
-    plain = [item for item in parameters if not isinstance(item, dict)]
-    groups = [item for item in parameters if isinstance(item, dict)]
-    return make_optimizer(config.optimizer, groups + ([{"params": plain}] if plain or not groups else []), pieces)
+    return read_training_config(config)
 
 
 def _schedule(given: Any, config: TrainingConfig, optimizer: torch.optim.Optimizer | None) -> Any:
-    if given is not None and not hasattr(given, "step") and callable(given):
+    if callable(given) and (isinstance(given, type) or not hasattr(given, "step")):
         return given(optimizer)
     if given is not None:
+        if getattr(given, "optimizer", optimizer) is not optimizer:
+            raise ConfigError(
+                "lr_scheduler: it was made for another optimizer than the engine's; pass that optimizer too, or a function "
+                "from the optimizer to a schedule"
+            )
         return given
     if config.scheduler is None:
         return None
@@ -202,7 +198,11 @@ def _schedule(given: Any, config: TrainingConfig, optimizer: torch.optim.Optimiz
     return make_schedule(config.scheduler, optimizer)
 
 
-def _loader(dataset: Any, config: TrainingConfig, sizes: BatchSizes, rank: int, collate_fn: Any) -> TrainingLoader:
+def _loader(
+    dataset: Any, config: TrainingConfig, sizes: BatchSizes, rank: int, collate_fn: Any
+) -> TrainingLoader | None:
+    if dataset is None:
+        return None
     refuse_iterable(dataset)
     position = Position(len(dataset), config.seed, sizes, rank, drop_last=config.dataloader_drop_last)
     return TrainingLoader(dataset, position, collate_fn, _device())

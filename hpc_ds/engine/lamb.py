@@ -78,11 +78,11 @@ class Lamb(OwnOptimizer):
         of = [self._piece_of[one] for one in (*parameters, *parameters)]
         ranges = [index for index, piece in enumerate(of) if not piece.shared]
         if ranges:
-            squares = torch.stack([norms[index] for index in ranges]).double().square()
+            squares = torch.stack([norms[index].double() for index in ranges]).square()
             dist.all_reduce(squares)
-            for index, norm in zip(ranges, squares.sqrt().float().unbind(), strict=True):
+            for index, norm in zip(ranges, squares.sqrt().unbind(), strict=True):
                 norms[index] = norm
-        return torch.stack(norms).view(2, -1)
+        return torch.stack([norm.float() for norm in norms]).view(2, -1)
 
     def _step_size(self, group: dict[str, Any], parameter: torch.Tensor) -> float:
         if not group["bias_correction"]:

@@ -79,7 +79,9 @@ class LossScale:
             self.value *= 2
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """What a checkpoint keeps; nothing of a static scale, so that one which becomes dynamic begins as the config says."""
+        if not self._dynamic:
+            return {}
         return {
             "value": self.value,
             "iteration": self._iteration,

@@ -23,24 +23,15 @@ class MatrixExchange:
     """
 
     def __init__(self, pieces: list[Piece], ranges: list[list[tuple[int, int]]]) -> None:
-        """Share out matrices: the costly ones first, each to the rank with the least work; of equals, to who has most of it.
+        """Share out matrices among the ranks.
 
         Args:
             pieces: this rank's, one of each matrix.
             ranges: for each matrix the (start, length) of every rank.
         """
         self._pieces, self._ranges = pieces, ranges
-        work = [0] * len(ranges[0])
-        self._rank = dist.get_rank() if len(work) > 1 else 0
-        self.owned: list[list[int]] = [[] for _ in work]
-        costs = [_cost(piece.shape) for piece in pieces]
-        for index in sorted(range(len(pieces)), key=lambda index: -costs[index]):
-            lengths = [length for _, length in ranges[index]]
-            owner = min((done, -length, rank) for rank, (done, length) in enumerate(zip(work, lengths, strict=True)))[
-                -1
-            ]
-            self.owned[owner].append(index)
-            work[owner] += costs[index]
+        self.owned = shared_out([piece.shape for piece in pieces], ranges)
+        self._rank = dist.get_rank() if len(self.owned) > 1 else 0
 
     def to_owners(self, parts: list[torch.Tensor]) -> dict[int, torch.Tensor]:
         """From this rank's range of each matrix to the whole ones that it owns, flat, by index. Collective."""
@@ -89,6 +80,22 @@ class MatrixExchange:
         dist.all_to_all_single(received, sent, incoming, outgoing)
         buffers = received.split(incoming)
         return [list(buffer.split(of_rank)) for buffer, of_rank in zip(buffers, lengths, strict=True)]
+
+
+def shared_out(shapes: list[torch.Size], ranges: list[list[tuple[int, int]]]) -> list[list[int]]:
+    """For each rank the matrices it works on: the costly ones first, each to the rank with the least work.
+
+    Of ranks with equal work, the one that has most of the matrix takes it.
+    """
+    owned: list[list[int]] = [[] for _ in ranges[0]]
+    work = [0] * len(owned)
+    costs = [_cost(shape) for shape in shapes]
+    for index in sorted(range(len(shapes)), key=lambda index: -costs[index]):
+        lengths = [length for _, length in ranges[index]]
+        owner = min((done, -length, rank) for rank, (done, length) in enumerate(zip(work, lengths, strict=True)))[-1]
+        owned[owner].append(index)
+        work[owner] += costs[index]
+    return owned
 
 
 def _part(whole: torch.Tensor, start: int, length: int) -> torch.Tensor:

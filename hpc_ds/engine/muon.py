@@ -2,8 +2,8 @@
 
 With momentum m and gradient g: ``m = b m + (1 - b) g``, ``u = (1 - b) g + b m`` (Nesterov), and
 ``p -= lr (s O(u) + decay p)``, where O is five Newton-Schulz steps, which bring all singular values near 1, and
-``s = sqrt(max(1, rows / columns))``. A parameter of three dimensions is a batch of matrices, one of four a convolution: its
-matrix has one row for each filter, and its s is that of the last two dimensions, as in DeepSpeed.
+``s = sqrt(max(1, rows / columns))``. A parameter of three dimensions is a batch of matrices, one of four a convolution, whose
+matrix has one row for each filter (DeepSpeed's own step fails on those).
 
 Momentum works on ranges; O needs whole matrices. So each matrix has an owner for the step: all ranks send it their ranges of
 u, it computes O, and sends each rank its range of that: two all-to-alls, of as many elements as a rank holds. A parameter
@@ -124,11 +124,12 @@ class Muon(OwnOptimizer):
         for batch in _batches(updates, self._piece_of):
             pieces = [self._piece_of[one] for one, _ in batch]
             exchange = MatrixExchange(pieces, [self._ranges[one] for one, _ in batch])
-            whole = exchange.to_owners([update.flatten() for _, update in batch])
+            flat = [update.flatten().float() for _, update in batch]
+            whole = exchange.to_owners(flat)
             for index, matrix in whole.items():
                 shaped = matrix.view(pieces[index].shape)
                 whole[index] = orthogonalised(shaped, method[batch[index][0]]).flatten()
-            parts = exchange.from_owners(whole, like=batch[0][1])
+            parts = exchange.from_owners(whole, like=flat[0])
             found.update(zip([one for one, _ in batch], parts, strict=True))
         return found
 

@@ -34,7 +34,7 @@ def orthogonalised(update: torch.Tensor, method: str) -> torch.Tensor:
     wide = wide.to(METHODS[method] if wide.is_cuda else torch.float32)
     in_gram_form = method == "gram" and wide.size(-2) < wide.size(-1)
     found = (_by_gram(wide) if in_gram_form else _by_steps(wide)).float()
-    rows, columns = update.shape[-2:]
+    rows, columns = matrix.shape[-2:]
     return (found.mT if tall else found).reshape(update.shape) * math.sqrt(max(1.0, rows / columns))
 
 

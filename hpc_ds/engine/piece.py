@@ -1,4 +1,4 @@
-"""What a rank holds of a parameter: one contiguous range of its flattened elements, as fp32 master copy."""
+"""What an optimizer updates: one rank's part of one parameter."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class Piece:
-    """One rank's range of a parameter. Every rank has one of each trainable parameter, in the same order, maybe empty.
+    """A contiguous range of a flattened parameter, in the master type, as an ordinary tensor.
+
+    Every rank has one piece of every trainable parameter, in the same order; it may be empty.
 
     Attributes:
-        name: of ``module.named_parameters()``.
+        name: the parameter's, as in ``module.named_parameters()``.
         shape: of the whole parameter.
-        start: the range's first element within the flattened whole.
-        master: fp32, any shape with the range's number of elements; ``shape`` if the range is the whole parameter. Its
-            gradient is None for a parameter that no rank used in the step.
-        shared: every rank holds the same whole one, as at stage 0 and for 0-dim parameters.
+        start: the first element within the flattened whole.
+        master: the range, fp32 (fp64 for fp64 parameters); it has the whole ``shape`` where it is the whole.
+        shared: every rank holds the same whole parameter.
     """
 
     name: str

@@ -1,118 +1,194 @@
-"""What of a training run must be saved, as tensors by name and plain data, and how it comes back.
+"""What of a training run must be saved, as ranges of tensors and plain data, and how it comes back.
 
 Optimizer hyperparameters come from the config, so a changed learning rate or weight decay takes effect on resume; only
 what a schedule of torch's has moved comes back, because it computes each rate from the one before. Names are those of
-``module.named_parameters()``, so any stage and world size reads the same files.
+``module.named_parameters()`` and ranges are of flattened tensors, so any stage and world size reads the same files.
 """
 
 from __future__ import annotations
 
+import base64
 import random
 import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
 
-from hpc_ds.checkpoint.agree import own_rank, world_size
-from hpc_ds.checkpoint.shards import DTYPES, Shard, own_share
+from hpc_ds.checkpoint.shards import Shard, own_share
 from hpc_ds.engine.schedule import Schedule
 from hpc_ds.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from torch import nn
 
-    from hpc_ds.checkpoint.stored import Stored, StoredTensor
+    from hpc_ds.engine.piece import Piece
+    from hpc_ds.engine.sharding import Sharding
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 _MOVED_BY_SCHEDULES = ("lr", "momentum", "betas")
+_ALIKE = {"Adam", "AdamW"}  # optimizers of the same state
 
 
-def shards_to_save(module: nn.Module, optimizer: torch.optim.Optimizer | None, *, frozen: bool = True) -> list[Shard]:
-    """What this rank writes of parameters, persistent buffers and the optimizer's tensors.
-
-    A tensor that several ranks hold is split among them.
-    """
-    tensors = {_MODEL + name: tensor for name, tensor in _model_tensors(module, frozen=frozen).items()}
-    if optimizer is not None:
-        for name, parameter in module.named_parameters():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"{_OPTIMIZER}{name}.{key}"] = value
-    return [_to_write(name, tensor) for name, tensor in tensors.items()]
+def shards_to_save(sharding: Sharding, optimizer: torch.optim.Optimizer | None, *, frozen: bool = True) -> list[Shard]:
+    """This rank's ranges of parameters, persistent buffers and optimizer state; what all ranks share is divided."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return [
+        own_share(shard.name, shard.data.view(shard.shape), rank, world_size) if shared else shard
+        for shard, shared in (*_model_shards(sharding, frozen=frozen), *_optimizer_shards(sharding, optimizer))
+    ]
 
 
 def shards_to_load(
-    stored: Stored, module: nn.Module, optimizer: torch.optim.Optimizer | None, *, strict: bool
+    stored: Mapping[str, tuple[int, ...]],
+    sharding: Sharding,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    strict: bool,
 ) -> list[Shard]:
-    """The ranges that this rank holds, to be filled in place from a checkpoint.
+    """The ranges of this process that a checkpoint fills, in place.
 
     State that the optimizer does not have yet is made, in the shape that the checkpoint has.
+
+    Args:
+        stored: name -> whole shape of what is in it.
+        sharding: the module.
+        optimizer: None leaves its state alone.
+        strict: whether model and checkpoint must have the same names.
 
     Raises:
         CheckpointError: model and checkpoint differ in names or shapes.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in _model_tensors(module).items():
-        entry = stored.tensors.get(_MODEL + name)
-        if entry is None:
-            if strict:
-                raise CheckpointError(f"it has no {name!r}; load_module_strict=False passes it over")
-        elif entry.shape != tuple(tensor.shape):
+    shards = []
+    wanted = [shard for shard, _ in _model_shards(sharding, frozen=True)]
+    for shard in wanted:
+        name, shape = shard.name.removeprefix(_MODEL), stored.get(shard.name)
+        if shape is None and strict:
+            raise CheckpointError(f"it has no {name!r}; load_module_strict=False passes it over")
+        if shape is not None and shape != shard.shape:
             raise CheckpointError(
-                f"{name!r} has shape {entry.shape}, the model {tuple(tensor.shape)}; load it into the model that it was "
-                "saved from"
+                f"{name!r} has shape {shape}, the model {shard.shape}; load it into the model that it was saved from"
             )
-        else:
-            tensors[_MODEL + name] = tensor
-    _refuse_extra(stored, tensors, strict=strict)
+        if shape is not None:
+            shards.append(shard)
+    extra = [name for name in stored if name.startswith(_MODEL) and name not in {shard.name for shard in wanted}]
+    if extra and strict:
+        raise CheckpointError(
+            f"the model has no {extra[0].removeprefix(_MODEL)!r}; load_module_strict=False passes it over"
+        )
     if optimizer is not None:
-        tensors |= _optimizer_tensors(stored.tensors, module, optimizer)
-    return [_held(name, tensor) for name, tensor in tensors.items()]
+        _make_optimizer_state(stored, sharding, optimizer)
+        shards += [shard for shard, _ in _optimizer_shards(sharding, optimizer)]
+    return shards
 
 
-def _held(name: str, tensor: torch.Tensor) -> Shard:
-    """The range of a tensor that this rank holds; memory is shared with it."""
-    tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
-        return Shard(name, tuple(tensor.shape), 0, tensor.view(-1))
-    rows, start = tensor.shape[0], 0
-    for dim, placement in enumerate(tensor.placements):
-        if placement.is_shard(0):
-            # FSDP2 cuts as torch.chunk does: all parts but the last ones have the same size.
-            start = min(rows, tensor.device_mesh.get_local_rank(dim) * -(-rows // tensor.device_mesh.size(dim)))
-    row = tensor[:0].numel() if rows == 0 else tensor.numel() // rows
-    return Shard(name, tuple(tensor.shape), start * row, tensor.to_local().view(-1))
+def refuse_other_optimizer(saved: object, optimizer: torch.optim.Optimizer | None) -> None:
+    """An optimizer knows what to do with state of its own kind only.
+
+    Args:
+        saved: the kind that a checkpoint has the state of; None where nobody knows.
+        optimizer: that shall take it up; None: nothing shall be taken up.
+
+    Raises:
+        CheckpointError: it is of another kind.
+    """
+    kind = type(optimizer).__name__
+    if optimizer is not None and saved not in {None, kind} and {saved, kind} != _ALIKE:
+        raise CheckpointError(
+            f"its optimizer state is that of {saved}, and the optimizer is {kind}; use the same, or load_optimizer_states=False"
+        )
 
 
-def _to_write(name: str, tensor: torch.Tensor) -> Shard:
-    """The range of a tensor that this rank writes."""
-    held = _held(name, tensor)
-    if held.data.numel() < tensor.numel() or not held.data.numel():
-        return held
-    return own_share(name, held.data.view(tensor.shape), own_rank(), world_size())
+def _model_shards(sharding: Sharding, *, frozen: bool) -> Iterator[tuple[Shard, bool]]:
+    for piece in sharding.pieces:
+        yield Shard(_MODEL + piece.name, tuple(piece.shape), piece.start, piece.master.detach().flatten()), piece.shared
+    for kept in sharding.kept():
+        if frozen or not kept.frozen:
+            yield Shard(_MODEL + kept.name, tuple(kept.shape), kept.start, kept.tensor.detach().flatten()), kept.shared
 
 
-def plain_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Any]]:
+def _optimizer_shards(sharding: Sharding, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[Shard, bool]]:
+    for piece in sharding.pieces if optimizer is not None else ():
+        for key, value in optimizer.state.get(piece.master, {}).items() if optimizer is not None else ():
+            if not isinstance(value, torch.Tensor):
+                continue
+            name, flat = f"{_OPTIMIZER}{piece.name}.{key}", value.detach().flatten()
+            if not piece.shape and not piece.shared:
+                # Moments and step counts look alike here: whoever has the parameter has both.
+                yield Shard(name, (), 0, flat[: piece.master.numel()]), False
+            elif value.shape == piece.master.shape:
+                yield Shard(name, tuple(piece.shape), piece.start, flat), piece.shared
+            else:
+                yield Shard(name, tuple(value.shape), 0, flat), True
+
+
+def _make_optimizer_state(
+    stored: Mapping[str, tuple[int, ...]], sharding: Sharding, optimizer: torch.optim.Optimizer
+) -> None:
+    keys_of: dict[str, dict[str, tuple[int, ...]]] = {}
+    for full_name, shape in stored.items():
+        if full_name.startswith(_OPTIMIZER):
+            name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition(".")
+            keys_of.setdefault(name, {})[key] = shape
+    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    for piece in sharding.pieces:
+        if piece.master not in group_of:
+            continue
+        if _is_elsewhere(piece):
+            optimizer.state.pop(piece.master, None)  # the optimizer makes it anew, in shapes that only it knows
+            continue
+        state, keys = optimizer.state[piece.master], keys_of.get(piece.name, {})
+        for key in [key for key, value in state.items() if isinstance(value, torch.Tensor) and key not in keys]:
+            del state[key]  # of steps that the checkpoint has not seen
+        for key, shape in keys.items():
+            state[key] = _like(key, shape, piece, state.get(key), group_of[piece.master])
+
+
+def _is_elsewhere(piece: Piece) -> bool:
+    """Whether a 0-dim parameter lies on another rank."""
+    return not piece.shape and piece.master.numel() == 0
+
+
+def _like(key: str, shape: tuple[int, ...], piece: Piece, present: object, group: dict[str, Any]) -> torch.Tensor:
+    """A tensor for one piece of optimizer state: a range like its parameter's where it has its shape."""
+    wanted = tuple(piece.master.shape) if shape == tuple(piece.shape) else shape
+    if isinstance(present, torch.Tensor) and tuple(present.shape) == wanted:
+        return present
+    if key != "step" and shape == tuple(piece.shape):
+        return torch.zeros_like(piece.master, requires_grad=False)
+    # Step counters stay on the CPU unless a kernel on the device reads them.
+    device = piece.master.device if key != "step" or group.get("fused") or group.get("capturable") else "cpu"
+    return torch.zeros(shape, dtype=torch.float32, device=device)
+
+
+def plain_optimizer_state(sharding: Sharding, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Any]]:
     """What an optimizer keeps beside tensors, as a step count that is a number: parameter -> key -> value."""
     if optimizer is None:
         return {}
     found = {
-        name: {key: value for key, value in optimizer.state[parameter].items() if not isinstance(value, torch.Tensor)}
-        for name, parameter in module.named_parameters()
-        if parameter in optimizer.state
+        piece.name: {
+            key: value
+            for key, value in optimizer.state.get(piece.master, {}).items()
+            if not isinstance(value, torch.Tensor) and value is not None
+        }
+        for piece in sharding.pieces
     }
     return {name: plain for name, plain in found.items() if plain}
 
 
 def load_plain_optimizer_state(
-    module: nn.Module, optimizer: torch.optim.Optimizer, states: dict[str, dict[str, Any]]
+    sharding: Sharding, optimizer: torch.optim.Optimizer, states: dict[str, dict[str, Any]]
 ) -> None:
     """Take up ``plain_optimizer_state``."""
-    parameters = dict(module.named_parameters())
-    for name, plain in states.items():
-        if name in parameters:
-            optimizer.state[parameters[name]].update(plain)
+    for piece in sharding.pieces:
+        if _is_elsewhere(piece):
+            continue
+        plain, state = states.get(piece.name, {}), optimizer.state[piece.master]
+        for key in [key for key, value in state.items() if not isinstance(value, torch.Tensor) and key not in plain]:
+            del state[key]  # of steps that the checkpoint has not seen
+        state.update(plain)
 
 
 def schedule_state(lr_scheduler: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any] | None:
@@ -132,70 +208,40 @@ def load_schedule_state(lr_scheduler: Any, optimizer: torch.optim.Optimizer | No
             group.update(moved)
 
 
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """The names of parameters and buffers beside their first: name -> the first, under which a checkpoint has it."""
+    first = {id(value): name for name, value in (*module.named_parameters(), *module.named_buffers())}
+    kept = module.state_dict(keep_vars=True)
+    return {name: first[id(value)] for name, value in kept.items() if first.get(id(value), name) != name}
+
+
 def random_states() -> dict[str, Any]:
-    """The random-number states of this rank, as plain types and tensors."""
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    """The random-number states of this rank, as plain types."""
+    states: dict[str, Any] = {"torch": _text(torch.get_rng_state()), "python": random.getstate()}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+        states["cuda"] = _text(torch.cuda.get_rng_state())
     if "numpy" in sys.modules:
         kind, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
-        states["numpy"] = [kind, torch.tensor(keys.astype("int64")), position, has_gauss, cached]
+        states["numpy"] = [kind, keys.tolist(), position, has_gauss, cached]
     return states
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
     """Take up ``random_states``; those of a device or library that is not here now are passed over."""
-    torch.set_rng_state(states["torch"])
+    torch.set_rng_state(_bytes(states["torch"]))
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+        torch.cuda.set_rng_state(_bytes(states["cuda"]))
     if "numpy" in states and "numpy" in sys.modules:
+        numpy = sys.modules["numpy"]
         kind, keys, position, has_gauss, cached = states["numpy"]
-        sys.modules["numpy"].random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, cached))
+        numpy.random.set_state((kind, numpy.array(keys, dtype="uint32"), position, has_gauss, cached))
 
 
-def _model_tensors(module: nn.Module, *, frozen: bool = True) -> dict[str, torch.Tensor]:
-    parameters = {name: value for name, value in module.named_parameters() if frozen or value.requires_grad}
-    kept = module.state_dict(keep_vars=True)  # leaves out non-persistent buffers
-    buffers = {name: value for name, value in module.named_buffers() if name in kept}
-    return {name: value.detach() for name, value in {**parameters, **buffers}.items()}
+def _text(state: torch.Tensor) -> str:
+    return base64.b64encode(bytes(state.tolist())).decode()
 
 
-def _refuse_extra(stored: Stored, tensors: dict[str, torch.Tensor], *, strict: bool) -> None:
-    extra = [name.removeprefix(_MODEL) for name in stored.tensors if name.startswith(_MODEL) and name not in tensors]
-    if extra and strict:
-        raise CheckpointError(f"the model has no {extra[0]!r}; load_module_strict=False passes it over")
-
-
-def _optimizer_tensors(
-    stored: dict[str, StoredTensor], module: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    keys_of: dict[str, list[str]] = {}
-    for full_name in stored:
-        if full_name.startswith(_OPTIMIZER):
-            name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition(".")
-            keys_of.setdefault(name, []).append(key)
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    tensors: dict[str, torch.Tensor] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name, state = names[parameter], optimizer.state[parameter]
-            keys = keys_of.get(name, [])
-            for key in set(state) - set(keys):
-                del state[key]  # of steps that the checkpoint has not seen
-            for key in keys:
-                full_name = f"{_OPTIMIZER}{name}.{key}"
-                state[key] = tensors[full_name] = _like(stored[full_name], parameter, state.get(key), group)
-    return tensors
-
-
-def _like(entry: StoredTensor, parameter: nn.Parameter, present: object, group: dict[str, Any]) -> torch.Tensor:
-    """A tensor for one piece of optimizer state: sharded like its parameter where it has its shape."""
-    if isinstance(present, torch.Tensor) and tuple(present.shape) == entry.shape:
-        return present
-    if entry.shape == tuple(parameter.shape) and parameter.dim() > 0:
-        return torch.zeros_like(parameter, dtype=DTYPES[entry.dtype], requires_grad=False)
-    # Step counters stay on the CPU unless a kernel on the device reads them.
-    device = parameter.device if group.get("fused") or group.get("capturable") or parameter.dim() == 0 else "cpu"
-    return torch.zeros(entry.shape, dtype=DTYPES[entry.dtype], device=device)
+def _bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)

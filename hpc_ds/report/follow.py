@@ -49,7 +49,8 @@ def follow(run: RunDir) -> Iterator[str]:
                 yield _event_line(event)
             elif time.monotonic() - last_step_line > _STEP_LINE_EVERY_S:
                 last_step_line = time.monotonic()
-                yield f"step {event['step']:>6}   loss {event['loss']:.4f}   lr {event['lr']:.2e}"
+                loss = "-" if event["loss"] is None else f"{event['loss']:.4f}"
+                yield f"step {event['step']:>6}   loss {loss}   lr {event['lr']:.2e}"
         if over:
             return
         time.sleep(_LOOK_EVERY_S)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_ds.cluster.connect import scheduler_named
 from hpc_ds.errors import SchedulerError
 from hpc_ds.run_dir import read_lines, read_object
-from hpc_ds.supervise.ledger import read_ledger
+from hpc_ds.supervise.ledger import read_ledger, saved_step
 
 if TYPE_CHECKING:
     from hpc_ds.cluster.scheduler import JobState
@@ -55,7 +55,6 @@ def status_of(run: RunDir) -> Status:
     state, reason = _state(run, str(site.get("scheduler", "")), job_id, attempts)
     events = read_lines(run.events)
     steps = [event for event in events if event.get("event") == "step"]
-    saves = [event["step"] for event in events if event.get("event") == "saved"]
     return Status(
         run_dir=str(run.root),
         name=str(read_object(run.config).get("name", "")),
@@ -64,11 +63,16 @@ def status_of(run: RunDir) -> Status:
         state=state,
         reason=reason,
         step=steps[-1]["step"] if steps else None,
-        loss=steps[-1]["loss"] if steps and math.isfinite(steps[-1]["loss"]) else None,
-        saved_step=saves[-1] if saves else None,
+        loss=_finite(steps[-1]["loss"]) if steps else None,
+        saved_step=saved_step(run, events),
         steps_lost=steps_lost(events),
         attempts=attempts,
     )
+
+
+def _finite(loss: float | None) -> float | None:
+    """A loss that JSON can hold; a script may have kept it to itself."""
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def steps_lost(events: list[dict[str, Any]]) -> int:

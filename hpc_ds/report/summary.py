@@ -32,7 +32,9 @@ class Summary:
 
 def losses(events: list[dict[str, Any]]) -> dict[int, float]:
     """Step -> loss; of a step that was taken again, the last one counts."""
-    return {event["step"]: event["loss"] for event in events if event.get("event") == "step"}
+    return {
+        event["step"]: event["loss"] for event in events if event.get("event") == "step" and event["loss"] is not None
+    }
 
 
 def summary(run: RunDir) -> Summary:

@@ -9,7 +9,7 @@ Signals come more than once and in any order (Slurm sends SIGCONT with each); re
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 import signal
 import threading
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EXIT_CODE = 75
 _DEADLINE_EVERY_S = 5.0
+_KILL_WAIT_S = 30.0
 
 
 class Preempted(SystemExit):
@@ -46,22 +47,23 @@ class _Request:
 
     def __init__(self) -> None:
         self.by: str | None = None
+        self.at = 0.0
         self.listening = False
         self._looked_at = 0.0
 
     def hear(self, number: int, _frame: FrameType | None) -> None:
-        self.by = self.by or signal.Signals(number).name
+        if self.by is None:
+            self.by, self.at = signal.Signals(number).name, time.time()
 
     def look_at_the_clock(self) -> None:
         """Read the supervisor's deadline now and then: the warning signal may be lost on its way."""
-        path = os.environ.get("HPCDS_DEADLINE")
         now = time.monotonic()
-        if path is None or self.by is not None or now - self._looked_at < _DEADLINE_EVERY_S:
+        if self.by is not None or now - self._looked_at < _DEADLINE_EVERY_S:
             return
         self._looked_at = now
-        with contextlib.suppress(OSError, ValueError):
-            if time.time() > float(Path(path).read_text(encoding="utf-8")):
-                self.by = "deadline"
+        begin = _deadline()[0]
+        if begin is not None and time.time() > begin:
+            self.by, self.at = "deadline", time.time()
 
 
 _request = _Request()
@@ -92,6 +94,27 @@ def told_to_stop() -> bool:
     """Whether this rank was told to stop. Others may not have been yet: agree before acting on it."""
     _request.look_at_the_clock()
     return _request.by is not None
+
+
+def seconds_left() -> float:
+    """Seconds until this rank may be killed, once it was told to stop; infinite where nobody knows.
+
+    A scheduler that ends a job now sends SIGTERM and kills after ``KillWait``, 30 s unless an administrator has changed it.
+    """
+    end = _request.at + _KILL_WAIT_S if _request.by == "SIGTERM" else _deadline()[1]
+    return math.inf if end is None else max(end - time.time(), 0.0)
+
+
+def _deadline() -> tuple[float | None, float | None]:
+    """When the supervisor wants a save to begin, and when the job ends, in seconds since the epoch."""
+    path = os.environ.get("HPCDS_DEADLINE")
+    if path is None:
+        return None, None
+    try:
+        begin, end = map(float, Path(path).read_text(encoding="utf-8").split())
+    except (OSError, ValueError):
+        return None, None
+    return begin, end
 
 
 def told_by() -> str:

@@ -34,6 +34,7 @@ from hpc_ds.launch.node_list import expand
 from hpc_ds.run_dir import write_atomic
 from hpc_ds.runtime import mpi, preemption
 from hpc_ds.runtime.rank import Rank, in_slurm_step, rank_from_environment
+from hpc_ds.runtime.show_log import show_log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -60,7 +61,7 @@ def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
     """Join the process group of this run. Collective.
 
     One already initialised is used as it is. Sets RANK, LOCAL_RANK and WORLD_SIZE for code that reads them, and the
-    current CUDA device.
+    current CUDA device; of a script that made the process group itself only where it has left that at the first one.
 
     Args:
         dist_backend: default: nccl where there is CUDA, else gloo.
@@ -79,7 +80,10 @@ def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
     """
     preemption.listen()
     if dist.is_initialized():
-        return current_rank()
+        me = current_rank()
+        if torch.cuda.is_available() and torch.cuda.current_device() == 0 and me.local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(me.local_rank)
+        return me
     if dist_init_required is False:
         raise RankError("init_distributed: dist_init_required is False, but no process group is initialised")
     backend = dist_backend or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -95,6 +99,7 @@ def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
         torch.cuda.set_device(me.local_rank if torch.cuda.device_count() > 1 else 0)
     atexit.register(_leave_together)
     if verbose and me.rank == 0:
+        show_log(me.rank)
         log.info("process group: %d ranks over %s, found by %s", me.world_size, backend, me.source)
     return me
 

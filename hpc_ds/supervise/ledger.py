@@ -10,9 +10,11 @@ import json
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc_ds.run_dir import append_line, read_lines
+from hpc_ds.checkpoint.layout import newest_step
+from hpc_ds.run_dir import append_line, read_lines, read_object
 
 if TYPE_CHECKING:
     from hpc_ds.run_dir import RunDir
@@ -65,11 +67,18 @@ def open_attempt(run: RunDir, job_id: str, host: str, nodes: str) -> Attempt:
     if attempts and attempts[-1].cause is None:
         last = attempts[-1]
         detail = "the supervisor was killed before it could say why"
-        close_attempt(run, last.number, cause="lost", action="leave", detail=detail, **steps_of(run, last.number))
+        known = {"closed": _last_sign_of(run, last), **steps_of(run, last.number)}
+        close_attempt(run, last.number, cause="lost", action="leave", detail=detail, **known)
     attempt = Attempt(number=len(attempts) + 1, job_id=job_id, host=host, nodes=nodes, opened=time.time())
     opened = {"number": attempt.number, "job_id": job_id, "host": host, "nodes": nodes, "opened": attempt.opened}
     _write(run, {"event": "opened", **opened})
     return attempt
+
+
+def _last_sign_of(run: RunDir, attempt: Attempt) -> float:
+    """When an attempt was last known to run: the time until the next one began was spent in the queue."""
+    events = [event for event in read_lines(run.events) if event.get("attempt") == attempt.number]
+    return max([attempt.opened, *(float(event["time"]) for event in events if "time" in event)])
 
 
 def close_attempt(run: RunDir, number: int, **fields: Any) -> None:
@@ -86,12 +95,25 @@ def _write(run: RunDir, line: dict[str, Any]) -> None:
 
 
 def steps_of(run: RunDir, number: int) -> dict[str, int | None]:
-    """First and last step of an attempt, and the newest step saved by its end, from the events that rank 0 wrote."""
+    """First and last step of an attempt, from the events that rank 0 wrote, and the step that a resume would go on from."""
     events = read_lines(run.events)
     steps = [event["step"] for event in events if event.get("event") == "step" and event.get("attempt") == number]
-    saved = [event["step"] for event in events if event.get("event") == "saved" and event.get("attempt", 0) <= number]
     return {
         "first_step": min(steps, default=None),
         "last_step": max(steps, default=None),
-        "saved_step": saved[-1] if saved else None,
+        "saved_step": saved_step(run, [event for event in events if event.get("attempt", 0) <= number]),
     }
+
+
+def saved_step(run: RunDir, events: list[dict[str, Any]]) -> int | None:
+    """The step that a resume would go on from; None where nothing is saved.
+
+    The folder is asked first: a save behind the training may be committed when nobody is left to write of it. Where a
+    script saves elsewhere, rank 0's events are all there is.
+    """
+    folder = read_object(run.config).get("checkpoint", {}).get("dir") or run.checkpoints
+    committed = newest_step(Path(folder))
+    if committed is not None:
+        return committed
+    told = [int(event["step"]) for event in events if event.get("event") == "saved"]
+    return told[-1] if told else None

@@ -183,7 +183,7 @@ class Supervisor:
         self._deadline_at = time.monotonic()
         with contextlib.suppress(OSError):  # the warning signal says the same
             if job is not None and job.end_time is not None:
-                write_atomic(self._run.deadline, f"{job.end_time - lead_s(self._job)}\n")
+                write_atomic(self._run.deadline, f"{job.end_time - lead_s(self._job)} {job.end_time}\n")
             else:
                 self._run.deadline.unlink(missing_ok=True)
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import Outcomes, run_cases
+from small import said
 from torch import nn
 from torch.nn import functional
 
@@ -34,11 +34,31 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.ranks
 
 STAGES = (0, 1, 2, 3)
-WORLD_SIZES = (1, 2, 4)
-SAMPLES, TRAIN_BATCH = 50, 12  # an epoch ends inside of a batch
+WORLD_SIZES = (1, 2, 3, 4)
+MANY = 8  # ranks
+SAMPLES, TRAIN_BATCH, LARGE_BATCH = 50, 12, 24  # an epoch ends inside of a batch
 SAVED, LAST = 3, 8  # steps
 CLIP = 0.05
 SCHEDULER = {"type": "WarmupDecayLR", "params": {"total_num_steps": 12, "warmup_max_lr": 0.02, "warmup_num_steps": 4}}
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 3, "hysteresis": 1}},
+}
+# What differs from AdamW in fp32 on the device.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16": PRECISIONS["bf16"],
+    "fp16": PRECISIONS["fp16"],
+    "offload": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+    "sgd": {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "nesterov": True}}},
+    "lamb": {"optimizer": {"type": "Lamb", "params": {"lr": 0.01, "weight_decay": 0.1}}},
+    "muon": {"optimizer": {"type": "Muon", "params": {"lr": 0.01, "ns_method": "standard"}}},
+}
+ASGD = {"optimizer": {"type": "ASGD", "params": {"lr": 0.05}}}  # its state has more numbers than a step count
+# Relative, of losses and of whole weights: another world size adds up in another order, in a type of 8 or 11 bits; what is
+# made orthogonal magnifies it.
+BOUNDS = {"bf16": (2e-3, 3e-3), "fp16": (2e-4, 5e-4), "muon": (1e-6, 5e-6)}
+EXACT = (1e-6, 1e-6)
 
 
 class Block(nn.Module):
@@ -83,11 +103,12 @@ def text() -> torch.Tensor:
 
 
 def config(stage: int, **overrides: Any) -> dict[str, Any]:
+    zero = overrides.pop("zero_optimization", {})
     return {
         "train_batch_size": TRAIN_BATCH,
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1}},
         "scheduler": SCHEDULER,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **(zero if stage else {})},  # nothing is offloaded at stage 0
         "gradient_clipping": CLIP,
         **overrides,
     }
@@ -153,15 +174,15 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 @functools.cache
-def uninterrupted() -> dict[str, Any]:
+def uninterrupted(batch: int = TRAIN_BATCH) -> dict[str, Any]:
     """Plain torch in this process: losses, rates after each step, and weights at the end."""
     model = Small()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
     schedule = make_schedule(SchedulerConfig(**SCHEDULER), optimizer)
-    position = Position(SAMPLES, 0, BatchSizes(TRAIN_BATCH, TRAIN_BATCH, 1, 1), 0, drop_last=False)
+    position = Position(SAMPLES, 0, BatchSizes(batch, batch, 1, 1), 0, drop_last=False)
     losses, rates = [], []
     for step in range(LAST):
-        loss = model(text()[position.indices(step * TRAIN_BATCH)])
+        loss = model(text()[position.indices(step * batch)])
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -172,28 +193,44 @@ def uninterrupted() -> dict[str, Any]:
     return {"losses": losses, "rates": rates, "weights": whole(model)}
 
 
-def begin(rank: int, stage: int, folder: Path) -> list[float]:
-    engine = engine_for(stage)
+def begin(rank: int, stage: int, folder: Path, overrides: dict[str, Any]) -> list[float]:
+    engine = engine_for(stage, **overrides)
     losses = [step["loss"] for step in steps(engine, SAVED)]
     engine.save_checkpoint(folder)
     return losses
 
 
-def go_on(rank: int, stage: int, accumulation: int, folder: Path) -> dict[str, Any]:
-    engine = engine_for(stage, seed=9, gradient_accumulation_steps=accumulation)
+def go_on(rank: int, stage: int, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    engine = engine_for(stage, seed=9, **overrides)
     path, client = engine.load_checkpoint(folder)
     found = {"path": path, "client": client, "loaded": counters(engine), "rate": engine.get_lr()}
     records = list(steps(engine, LAST))
-    return {**found, "records": records, "finished": counters(engine), "weights": whole(engine.module)}
+    return {**found, "records": records, "finished": counters(engine), "weights": engine.module_state_dict()}
 
 
-def routes() -> list[tuple[int, int, int, int]]:
-    """(world size and stage of the save, of the load): all pairs of world sizes with all pairs of stages spread over them."""
-    found = []
-    for number, (world_size, stage, later) in enumerate(itertools.product(WORLD_SIZES, STAGES, WORLD_SIZES)):
-        stages = {(stage + 1 + number % 3) % 4} | ({stage} if later != world_size else set())
-        found += [(world_size, stage, later, later_stage) for later_stage in sorted(stages)]
-    return found
+def all_along(rank: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    """One rank at stage 0 that nobody interrupts."""
+    engine = engine_for(0, **overrides)
+    records = list(steps(engine, LAST))
+    return {"losses": [step["loss"] for step in records], "weights": engine.module_state_dict()}
+
+
+Route = tuple[int, int, int, int]  # world size and stage of the save, of the load
+
+
+def routes() -> list[Route]:
+    """From every stage at every world size to every world size, with all pairs of stages spread over the pairs of sizes."""
+    pairs = enumerate(itertools.product(WORLD_SIZES, WORLD_SIZES))
+    return [(size, stage, later, (stage + number) % 4) for number, (size, later) in pairs for stage in STAGES]
+
+
+SOME_ROUTES: list[Route] = [(1, 0, 3, 2), (2, 1, 4, 3), (3, 3, 2, 1), (4, 2, 1, 0)]
+WIDE_ROUTES: list[Route] = [(2, 1, MANY, 3), (MANY, 2, 3, 0)]
+
+
+def mean_losses(ranks: list[dict[str, Any]]) -> list[float]:
+    by_step = zip(*(rank["records"] for rank in ranks), strict=True)
+    return [sum(step["loss"] for step in of_step) / len(ranks) for of_step in by_step]
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -204,36 +241,42 @@ def test_the_beginning_equals_plain_torch(started: dict[int, Outcomes], world_si
     assert losses == pytest.approx(uninterrupted()["losses"][:SAVED], rel=1e-6)
 
 
-@pytest.mark.parametrize(("world_size", "stage", "later", "later_stage"), routes())
+@pytest.mark.parametrize("route", [*routes(), *WIDE_ROUTES])
 def test_a_run_goes_on_at_another_world_size_and_stage(
-    resumed: dict[int, Outcomes], folder: Path, world_size: int, stage: int, later: int, later_stage: int
+    resumed: dict[int, Outcomes], folder: Path, route: Route
 ) -> None:
-    wanted = uninterrupted()
-    ranks = resumed[later][str((world_size, stage, later, later_stage))]
-    losses = [
-        sum(step["loss"] for step in of_step) / later for of_step in zip(*(r["records"] for r in ranks), strict=True)
-    ]
-    assert losses == pytest.approx(wanted["losses"][SAVED:], rel=1e-6)
+    world_size, stage, later, _ = route
+    batch = LARGE_BATCH if route in WIDE_ROUTES else TRAIN_BATCH
+    wanted, ranks = uninterrupted(batch), resumed[later][str(route)]
+    assert mean_losses(ranks) == pytest.approx(wanted["losses"][SAVED:], rel=1e-6)
     for rank in ranks:
-        assert rank["path"] == str(folder / f"world{world_size}-stage{stage}" / f"global_step{SAVED}")
+        assert rank["path"] == str(place_of(folder, world_size, stage, batch) / f"global_step{SAVED}")
         assert rank["client"] == {}
         assert rank["rate"] == wanted["rates"][SAVED - 1]
         assert [step["rate"] for step in rank["records"]] == wanted["rates"][SAVED:]
         for when, count in (("loaded", SAVED), ("finished", LAST)):
-            samples = count * TRAIN_BATCH
-            data = {"samples": samples, "epoch": samples // SAMPLES, "seed": 0, "length": SAMPLES}
+            samples = count * batch
+            data = {"samples": samples, "epoch": samples // SAMPLES, "seed": 0, "length": SAMPLES, "usable": SAMPLES}
             assert rank[when] == {"steps": count, "samples": samples, "skipped": 0, "data": data}
-        assert distance(rank["weights"], wanted["weights"]) < 1e-6
+    assert distance(ranks[0]["weights"], wanted["weights"]) < 1e-6
+
+
+@pytest.mark.parametrize("route", SOME_ROUTES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_so_it_does_with_other_types_optimizers_and_offload(
+    started: dict[int, Outcomes], resumed: dict[int, Outcomes], variant: str, route: Route
+) -> None:
+    wanted, ranks = started[1][f"all along {variant}"][0], resumed[route[2]][f"{variant} {route}"]
+    of_losses, of_weights = BOUNDS.get(variant, EXACT)
+    assert mean_losses(ranks) == pytest.approx(wanted["losses"][SAVED:], rel=of_losses)
+    assert distance(ranks[0]["weights"], wanted["weights"]) < of_weights
+    assert ranks[0]["loaded"]["steps"] == SAVED
 
 
 # the same world size: bit for bit
 
-PRECISIONS: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "bf16": {"bf16": {"enabled": True}},
-    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 3, "hysteresis": 1}},
-}
-BITWISE = [(stage, precision) for stage in STAGES for precision in (("fp32", "fp16") if stage else ("bf16", "fp16"))]
+BITWISE = [*itertools.product(STAGES, PRECISIONS), (1, "sgd"), (2, "lamb"), (3, "muon"), (1, "asgd")]
+KINDS = {**PRECISIONS, **VARIANTS, "asgd": ASGD}
 
 
 def seeded(rank: int) -> None:
@@ -247,31 +290,31 @@ def dice(records: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**record, "dice": throw()} for record in records]
 
 
-def straight(rank: int, stage: int, precision: str, folder: Path) -> list[dict[str, Any]]:
+def straight(rank: int, stage: int, kind: str, folder: Path) -> list[dict[str, Any]]:
     """All steps, with a save on the way that must not be felt."""
-    engine = engine_for(stage, dropout=0.5, gradient_accumulation_steps=3, **PRECISIONS[precision])
+    engine = engine_for(stage, dropout=0.5, gradient_accumulation_steps=3, **KINDS[kind])
     seeded(rank)
     first = dice(steps(engine, SAVED))
     engine.save_checkpoint(folder)
     return first + dice(steps(engine, LAST))
 
 
-def resume(rank: int, stage: int, precision: str, folder: Path) -> list[dict[str, Any]]:
-    engine = engine_for(stage, seed=9, dropout=0.5, gradient_accumulation_steps=3, **PRECISIONS[precision])
+def resume(rank: int, stage: int, kind: str, folder: Path) -> list[dict[str, Any]]:
+    engine = engine_for(stage, seed=9, dropout=0.5, gradient_accumulation_steps=3, **KINDS[kind])
     engine.load_checkpoint(folder)
     return dice(steps(engine, LAST))
 
 
-@pytest.mark.parametrize(("stage", "precision"), BITWISE)
+@pytest.mark.parametrize(("stage", "kind"), BITWISE)
 def test_a_resumed_run_has_the_very_bits_of_an_uninterrupted_one(
-    started: dict[int, Outcomes], resumed: dict[int, Outcomes], stage: int, precision: str
+    started: dict[int, Outcomes], resumed: dict[int, Outcomes], stage: int, kind: str
 ) -> None:
-    name = f"bits {stage} {precision}"
+    name = f"bits {stage} {kind}"
     for wanted, found in zip(started[2][name], resumed[2][name], strict=True):
         assert len(wanted) == LAST
         assert found == wanted[SAVED:]
         assert len({step["loss"] for step in wanted}) == LAST
-    if precision == "fp16":  # its scale grew on both sides of the save
+    if kind == "fp16":  # its scale grew on both sides of the save
         assert [step["scale"] for step in started[2][name][0]] == [16, 16, 16, 32, 32, 32, 64, 64]
     first, second = started[2][name]
     assert [step["dice"] for step in first] != [step["dice"] for step in second]
@@ -410,6 +453,32 @@ def test_parts_can_be_left_out(resumed: dict[int, Outcomes]) -> None:
         assert all(distance(part["weights"], whole_one["weights"]) == 0 for part in rank.values())
 
 
+class Strided(nn.Module):
+    """A trained and a frozen convolution whose weights lie in another order than their indices, and such a buffer."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.trained, self.frozen = nn.Conv2d(3, 4, 2), nn.Conv2d(3, 4, 2)
+        self.frozen.requires_grad_(requires_grad=False)
+        self.register_buffer("grid", torch.randn(2, 3).t())
+        self.to(memory_format=torch.channels_last)
+
+
+def strided(rank: int, stage: int, folder: Path) -> dict[str, Any]:
+    saved, loaded = (engine_for(stage, model=Strided(seed)) for seed in (1, 2))
+    saved.save_checkpoint(folder)
+    loaded.load_checkpoint(folder)
+    return {"distance": distance(whole(loaded.module), whole(saved.module)), "grid": whole(loaded.module)["grid"]}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_lies_in_another_order_comes_back(resumed: dict[int, Outcomes], stage: int) -> None:
+    for rank in resumed[2][f"strided {stage}"]:
+        assert rank["distance"] == 0
+        assert torch.equal(rank["grid"], Strided(1).grid)
+
+
 # loading into an engine that has lived
 
 
@@ -452,7 +521,7 @@ class Slowing(torch.optim.Optimizer):
 
 def plain_optimizer_state(rank: int, folder: Path) -> dict[str, Any]:
     def engine() -> Any:
-        return engine_for(2, scheduler=None, arguments={"optimizer": Slowing})
+        return engine_for(2, scheduler=None, zero_allow_untested_optimizer=True, arguments={"optimizer": Slowing})
 
     first = engine()
     list(steps(first, SAVED))
@@ -467,6 +536,31 @@ def test_optimizer_state_that_is_no_tensor_comes_back(resumed: dict[int, Outcome
     for rank in resumed[2]["plain_optimizer_state"]:
         assert rank["found"] == rank["wanted"]
         assert rank["states"]["mood"] == "slow"
+
+
+def other_optimizers(rank: int, folder: Path) -> list[str]:
+    """What is said where the config names another optimizer, or none of the checkpoint's is wanted."""
+    kinds = ("SGD", "AdamW", "Adam", "Adagrad")
+    found = [engine_for(1, optimizer={"type": kind, "params": {"lr": 0.01}}) for kind in kinds]
+    list(steps(found[0], SAVED))
+    found[0].save_checkpoint(folder, tag="sgd")
+    list(steps(found[1], SAVED))
+    found[1].save_checkpoint(folder, tag="adamw")
+    words = [said(lambda: found[1].load_checkpoint(folder, "sgd")), said(lambda: found[3].load_checkpoint(folder))]
+    found[1].load_checkpoint(folder, "sgd", load_optimizer_states=False)
+    found[2].load_checkpoint(folder, "adamw")
+    for engine in found[1:3]:
+        list(steps(engine, SAVED + 1))
+    return words
+
+
+def test_state_of_another_optimizer_is_refused(resumed: dict[int, Outcomes]) -> None:
+    for told, newest in resumed[2]["other_optimizers"]:
+        assert told.endswith(
+            "not loaded: rank 0: its optimizer state is that of SGD, and the optimizer is AdamW; use the same, or "
+            "load_optimizer_states=False"
+        )
+        assert "that of AdamW, and the optimizer is Adagrad" in newest
 
 
 # models that do not fit
@@ -607,7 +701,7 @@ def by_itself(rank: int, root: Path) -> dict[str, Any]:
         first = engine_for(1)
         fresh = first.load_checkpoint()
         list(steps(first, 7))
-        dist.barrier()
+        first.wait_for_checkpoint()
         names = sorted(path.name for path in (root / "checkpoints").iterdir())
         second = engine_for(3)
         path, _ = second.load_checkpoint()
@@ -643,47 +737,71 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def place_of(folder: Path, world_size: int, stage: int, batch: int = TRAIN_BATCH, variant: str = "") -> Path:
+    return folder / f"world{world_size}-stage{stage}-batch{batch}-{variant}"
+
+
 def to_start(world_size: int, folder: Path) -> dict[str, Any]:
-    cases: dict[str, Any] = {
-        f"begin {stage}": (begin, (stage, folder / f"world{world_size}-stage{stage}")) for stage in STAGES
-    }
-    if world_size == 2:
-        for stage, precision in BITWISE:
-            cases[f"bits {stage} {precision}"] = (straight, (stage, precision, folder / f"bits-{stage}-{precision}"))
+    cases: dict[str, Any] = {}
+    for stage in STAGES if world_size in WORLD_SIZES else ():
+        cases[f"begin {stage}"] = (begin, (stage, place_of(folder, world_size, stage), {}))
+    for size, stage, _, _ in WIDE_ROUTES:
+        if size == world_size:
+            where, large = place_of(folder, size, stage, LARGE_BATCH), {"train_batch_size": LARGE_BATCH}
+            cases[f"begin wide {stage}"] = (begin, (stage, where, large))
+    for variant, (size, stage, _, _) in itertools.product(VARIANTS, SOME_ROUTES):
+        if size == world_size:
+            where = place_of(folder, size, stage, variant=variant)
+            cases[f"begin {variant} {stage}"] = (begin, (stage, where, VARIANTS[variant]))
+    if world_size == 1:
+        cases |= {f"all along {variant}": (all_along, (asked,)) for variant, asked in VARIANTS.items()}
+    for stage, kind in BITWISE if world_size == 2 else ():
+        cases[f"bits {stage} {kind}"] = (straight, (stage, kind, folder / f"bits-{stage}-{kind}"))
     return cases
 
 
 def to_resume(world_size: int, folder: Path) -> dict[str, Any]:
     cases: dict[str, Any] = {}
-    for number, route in enumerate(routes()):
-        saved_by, stage, later, later_stage = route
+    for number, (size, stage, later, later_stage) in enumerate(routes()):
         if later == world_size:
-            accumulation = 3 if number % 2 else 1
-            cases[str(route)] = (go_on, (later_stage, accumulation, folder / f"world{saved_by}-stage{stage}"))
+            folds = {"gradient_accumulation_steps": 3 if number % 2 and later != 3 else 1}
+            cases[str((size, stage, later, later_stage))] = (go_on, (later_stage, place_of(folder, size, stage), folds))
+    for route in WIDE_ROUTES:
+        size, stage, later, later_stage = route
+        if later == world_size:
+            where, large = place_of(folder, size, stage, LARGE_BATCH), {"train_batch_size": LARGE_BATCH}
+            cases[str(route)] = (go_on, (later_stage, where, large))
+    for variant, route in itertools.product(VARIANTS, SOME_ROUTES):
+        size, stage, later, later_stage = route
+        if later == world_size:
+            where = place_of(folder, size, stage, variant=variant)
+            cases[f"{variant} {route}"] = (go_on, (later_stage, where, VARIANTS[variant]))
     return cases | (on_a_pair(folder) if world_size == 2 else {})
 
 
 def on_a_pair(folder: Path) -> dict[str, Any]:
     """Everything that is asked of one world size only."""
     cases: dict[str, Any] = {}
-    for stage, precision in BITWISE:
-        cases[f"bits {stage} {precision}"] = (resume, (stage, precision, folder / f"bits-{stage}-{precision}"))
+    for stage, kind in BITWISE:
+        cases[f"bits {stage} {kind}"] = (resume, (stage, kind, folder / f"bits-{stage}-{kind}"))
     for kind in SCHEDULES:
         cases[f"torch_schedule {kind}"] = (torch_schedule, (kind, folder / kind))
     for stage, precision in itertools.product(STAGES, ("fp32", "bf16")):
         cases[f"back {stage} {precision}"] = (back, (stage, precision, folder / f"back-{stage}-{precision}"))
     for function in (changed, clipping, parts, misfits):
-        cases[function.__name__] = (function, (folder / "world2-stage1",))
-    for function in (plain_optimizer_state, without_frozen, additions, by_itself):
+        cases[function.__name__] = (function, (place_of(folder, 2, 1),))
+    for stage in STAGES:
+        cases[f"strided {stage}"] = (strided, (stage, folder / f"strided-{stage}"))
+    for function in (plain_optimizer_state, other_optimizers, without_frozen, additions, by_itself):
         cases[function.__name__] = (function, (folder / function.__name__,))
     return cases
 
 
 @pytest.fixture(scope="module")
 def started(folder: Path) -> dict[int, Outcomes]:
-    return {world_size: run_cases(world_size, to_start(world_size, folder)) for world_size in WORLD_SIZES}
+    return {world_size: run_cases(world_size, to_start(world_size, folder)) for world_size in (*WORLD_SIZES, MANY)}
 
 
 @pytest.fixture(scope="module")
 def resumed(started: dict[int, Outcomes], folder: Path) -> dict[int, Outcomes]:
-    return {world_size: run_cases(world_size, to_resume(world_size, folder)) for world_size in WORLD_SIZES}
+    return {world_size: run_cases(world_size, to_resume(world_size, folder)) for world_size in (*WORLD_SIZES, MANY)}

@@ -264,10 +264,9 @@ def test_a_held_job_is_released_and_a_running_one_left_alone(runs: Runs) -> None
 def test_warnings_are_told_and_the_job_goes_on(runs: Runs) -> None:
     with_slurm(runs, sbatch="echo 25")
     (runs.folder / "ds.json").write_text('{"memory_breakdown": true}')
-    done = runs.hpcds("submit", "job.json", *SLURM, "--training", "ds.json", "--set", "checkpoint.async=true", "--json")
-    assert done.stderr.count("\n") == 2
+    done = runs.hpcds("submit", "job.json", *SLURM, "--training", "ds.json", "--json")
+    assert done.stderr.count("\n") == 1
     assert "hpcds: warning: job: training: memory_breakdown: has no effect, because " in done.stderr
-    assert "hpcds: warning: checkpoint.async: saves are synchronous in this version" in done.stderr
     assert json.loads(done.stdout)["job_id"] == "25"
 
 

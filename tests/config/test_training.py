@@ -148,10 +148,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"data_types": {"grad_accum_dtype": "int8"}}, "data_types.grad_accum_dtype 'int8': not one of the choices"),
     ({"torch_autocast": {"dtype": "fp32"}}, "torch_autocast.dtype 'fp32': not one of the choices"),
-    (
-        {"torch_autocast": {"lower_precision_safe_modules": [1]}},
-        "torch_autocast.lower_precision_safe_modules[0] 1: not text",
-    ),
     ({"compile": {"deepcompile": True}}, "compile.deepcompile: refused, because DeepCompile is not supported; use "),
     ({"log_level": "loud"}, "log_level 'loud': not one of the choices"),
     ({"flops_profiler": {"module_depth": -2}}, "flops_profiler.module_depth -2: out of range"),
@@ -354,3 +350,18 @@ def test_offloading_is_taken_where_the_stage_allows_it() -> None:
 def test_the_compute_type_may_be_said_twice(data: dict[str, Any], compute: str) -> None:
     config = load_training({**data, "data_types": {"param_dtype": compute}})[0]
     assert config.compute == compute
+
+
+@pytest.mark.parametrize(
+    ("section", "wanted"),
+    [
+        ({}, (False, False)),
+        ({"offload_optimizer": {"device": "cpu"}}, (True, True)),
+        ({"offload_optimizer": {"device": "cpu", "pin_memory": False}}, (True, False)),
+        ({"offload_param": {"device": "cpu", "pin_memory": False}, "stage": 3}, (True, False)),
+        ({"offload_param": {"device": "none", "pin_memory": True}}, (False, False)),
+    ],
+)
+def test_only_what_is_offloaded_is_pinned(section: dict[str, Any], wanted: tuple[bool, bool]) -> None:
+    zero = load_training({"train_batch_size": 1, "zero_optimization": {"stage": 1, **section}})[0].zero_optimization
+    assert (zero.offloads, zero.pins) == wanted

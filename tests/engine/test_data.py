@@ -136,6 +136,48 @@ def test_drop_last_leaves_out_what_fills_no_batch(length: int, starts: list[tupl
         assert set(of_epoch) <= set(range(length))
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    length=st.integers(12, 60),
+    starts=st.lists(
+        st.tuples(st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2, 3]), st.integers(0, 9)), min_size=1, max_size=6
+    ),
+    drop_last=st.booleans(),
+)
+def test_another_batch_size_sees_each_sample_of_an_epoch_once_too(
+    length: int, starts: list[tuple[int, int, int]], drop_last: bool
+) -> None:
+    order = World(length, 1, train=1).take(2 * length)  # of the first two epochs
+    seen: list[list[int]] = [[]]
+    state = World(length, 1, train=1).state()
+    for world_size, micro, count in starts:
+        world = World(length, world_size, train=micro * world_size, drop_last=drop_last).resume(state)
+        usable = world.loaders[0].position.usable
+        if len(seen[-1]) >= usable:  # what is left of the epoch fills no batch of this size
+            seen.append([])
+        for sample in world.take(count):
+            seen[-1].append(sample)
+            if len(seen[-1]) == usable:
+                seen.append([])
+        state = world.state()
+        assert (state["epoch"], state["samples"] % usable) == (len(seen) - 1, len(seen[-1]))
+    for number, epoch in enumerate(seen[:2]):
+        assert epoch == order[number * length :][: len(epoch)]
+    assert all(len(set(epoch)) == len(epoch) for epoch in seen)
+    assert drop_last or all(len(epoch) == length for epoch in seen[:-1])
+
+
+def test_the_place_within_an_epoch_stays_where_another_batch_size_leaves_out_others() -> None:
+    first = World(50, 1, train=12, drop_last=True)  # 48 samples an epoch
+    first.take(5)
+    second = World(50, 1, train=10, drop_last=True).resume(first.state())
+    assert (second.state()["epoch"], second.state()["samples"]) == (1, 62)
+    later = World(50, 1, train=1).resume({**second.state(), "samples": 50}).take(50)
+    assert second.take(3) == later[12:42]
+    at_the_end = World(50, 1, train=10, drop_last=True).resume({**second.state(), "samples": 99})
+    assert World(50, 1, train=12, drop_last=True).resume(at_the_end.state()).state()["samples"] == 96
+
+
 def test_epochs_have_orders_of_their_own_and_seeds_too() -> None:
     first = alone(24, 48)
     assert first[:24] != first[24:]
@@ -214,7 +256,7 @@ def test_breaking_off_and_iterating_again_goes_on() -> None:
     for batch in loader:
         seen += batch
     assert seen == alone(40, 48)
-    assert loader.state_dict() == {"samples": 48, "epoch": 1, "seed": 0, "length": 40}
+    assert loader.state_dict() == {"samples": 48, "epoch": 1, "seed": 0, "length": 40, "usable": 40}
 
 
 def test_iterating_draws_nothing_from_the_global_generator() -> None:

@@ -149,6 +149,13 @@ def test_the_config_wins_over_a_checkpoint_where_it_changed() -> None:
     assert less_patient.value == 8.0
 
 
+@pytest.mark.parametrize("before", [Fp16Config(), Fp16Config(enabled=True, loss_scale=128.0)])
+def test_a_scale_that_becomes_dynamic_begins_as_the_config_says(before: Fp16Config) -> None:
+    after = LossScale(dynamic(initial_scale_power=5))
+    after.load_state_dict(LossScale(before).state_dict())
+    assert after.value == 32.0
+
+
 @given(
     st.lists(st.booleans(), max_size=60),
     st.integers(1, 4),

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from hpc_ds.config.training import OptimizerConfig
+from hpc_ds.engine import newton_schulz
 from hpc_ds.engine.lamb import Lamb
 from hpc_ds.engine.lion import Lion
+from hpc_ds.engine.matrix_exchange import shared_out
 from hpc_ds.engine.muon import Muon
 from hpc_ds.engine.newton_schulz import METHODS, orthogonalised
 from hpc_ds.engine.optimizers import elementwise, make_optimizer
@@ -146,13 +148,55 @@ def test_lambs_ratio_has_limits_and_is_1_for_zeros() -> None:
     assert stepped("Lamb", [5.0], [0.0], **params).item() == 5.0
 
 
+def drawn_gradients(steps: int, size: int) -> list[list[float]]:
+    return torch.randn(steps, size, generator=torch.Generator().manual_seed(4)).tolist()
+
+
+def test_lion_over_steps_is_the_papers() -> None:
+    lr, decay, beta1, beta2 = 0.1, 0.2, 0.8, 0.6
+    wanted, momentum = [1.0, -2.0, 0.5], [0.0] * 3
+    steps = drawn_gradients(6, 3)
+    for grads in steps:
+        for i, grad in enumerate(grads):
+            direction = math.copysign(1, beta1 * momentum[i] + (1 - beta1) * grad)
+            wanted[i] -= lr * (direction + decay * wanted[i])
+            momentum[i] = beta2 * momentum[i] + (1 - beta2) * grad
+    found = stepped("Lion", [1.0, -2.0, 0.5], *steps, lr=lr, weight_decay=decay, betas=[beta1, beta2])
+    assert found.tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_lamb_over_steps_is_deepspeeds(bias_correction: bool) -> None:
+    lr, decay, beta1, beta2, eps = 0.05, 0.2, 0.8, 0.9, 1e-3
+    wanted, first, second = [1.0, -2.0, 0.5], [0.0] * 3, [0.0] * 3
+    steps = drawn_gradients(6, 3)
+    for step, grads in enumerate(steps, start=1):
+        first = [beta1 * m + (1 - beta1) * g for m, g in zip(first, grads, strict=True)]
+        second = [beta2 * v + (1 - beta2) * g * g for v, g in zip(second, grads, strict=True)]
+        updates = [m / (math.sqrt(v) + eps) + decay * p for m, v, p in zip(first, second, wanted, strict=True)]
+        ratio = min(max(math.hypot(*wanted) / math.hypot(*updates), 0.01), 10.0)
+        size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step) if bias_correction else lr
+        wanted = [p - size * ratio * update for p, update in zip(wanted, updates, strict=True)]
+    params = {"lr": lr, "weight_decay": decay, "betas": [beta1, beta2], "eps": eps, "bias_correction": bias_correction}
+    assert stepped("Lamb", [1.0, -2.0, 0.5], *steps, **params).tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_adagrad_over_steps_is_the_papers() -> None:
+    wanted, squares = [1.0, -2.0, 0.5], [0.0] * 3
+    steps = drawn_gradients(6, 3)
+    for grads in steps:
+        squares = [s + g * g for s, g in zip(squares, grads, strict=True)]
+        wanted = [p - 0.1 * g / (math.sqrt(s) + 1e-10) for p, g, s in zip(wanted, grads, squares, strict=True)]
+    assert stepped("Adagrad", [1.0, -2.0, 0.5], *steps, lr=0.1).tolist() == pytest.approx(wanted, rel=1e-5)
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(6, 6), (5, 9), (9, 5), (3, 4, 6), (4, 3, 2, 2), (1, 7), (7, 1)])
+@pytest.mark.parametrize("shape", [(6, 6), (5, 9), (9, 5), (3, 4, 6), (4, 3, 2, 2), (9, 1, 2, 2), (1, 7), (7, 1)])
 def test_orthogonalised_matrices_have_singular_values_near_one(method: str, shape: tuple[int, ...]) -> None:
     update = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     found = orthogonalised(update, method)
-    scale = math.sqrt(max(1.0, shape[-2] / shape[-1]))
-    of_found, of_update = (one.flatten(1) if len(shape) == 4 else one for one in (found / scale, update))
+    of_found, of_update = (one.flatten(1) if len(shape) == 4 else one for one in (found, update))
+    of_found = of_found / math.sqrt(max(1.0, of_found.size(-2) / of_found.size(-1)))
     values = torch.linalg.svdvals(of_found)
     # these coefficients bring them between 0.68 and 1.14, except for values that were almost 0
     assert values.max() < 1.2
@@ -167,6 +211,25 @@ def test_orthogonalised_matrices_have_singular_values_near_one(method: str, shap
 def test_both_methods_are_the_same_in_fp32(shape: tuple[int, ...]) -> None:
     update = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(orthogonalised(update, "gram"), orthogonalised(update, "standard"), rtol=0, atol=1e-4)
+
+
+def test_the_gram_form_survives_half_precision() -> None:
+    left, _, right = torch.linalg.svd(
+        torch.randn(16, 64, generator=torch.Generator().manual_seed(3)), full_matrices=False
+    )
+    update = left * torch.logspace(0, -4, 16) @ right  # singular values over four decades
+    update /= update.norm()
+    # without its restart it is off by 0.3 and more
+    assert (newton_schulz._by_gram(update.half()).float() - newton_schulz._by_steps(update)).abs().max() < 0.05
+
+
+def test_matrices_are_shared_out_by_cost_to_who_has_them() -> None:
+    big, small = torch.Size((8, 8)), torch.Size((4, 4))
+    first, second = [(0, 64), (64, 0)], [(0, 0), (0, 64)]
+    assert shared_out([big, big], [first, second]) == [[0], [1]]
+    assert shared_out([big, big], [second, first]) == [[1], [0]]
+    # the rank without the big one takes the small ones, whoever has them
+    assert shared_out([small, big, small], [[(0, 16), (16, 0)], first, [(0, 16), (16, 0)]]) == [[1], [0, 2]]
 
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:

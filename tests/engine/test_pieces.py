@@ -37,6 +37,7 @@ SHAPES = {
     "bias": (2,),
 }
 UNUSED = "blocks.1.unused"  # but in the last step
+DOUBLE = {"square", "bias"}  # these are fp64
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adam": {"weight_decay": 0.1},
     "AdamW": {"weight_decay": 0.1, "fused": False, "foreach": True},
@@ -57,7 +58,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 @functools.cache
 def values() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    return {name: value.double() if name in DOUBLE else value for name, value in drawn.items()}
 
 
 def gradients(step: int) -> dict[str, torch.Tensor]:
@@ -96,7 +98,7 @@ def trained(kind: str, rank: int, world_size: int, shared: bool) -> dict[str, An
         for master, piece in pieces.items():
             flat = gradients(step)[piece.name].flatten()[piece.start : piece.start + master.numel()]
             unused = piece.name == UNUSED and step < STEPS - 1
-            master.grad = None if unused else flat.clone().view_as(master)
+            master.grad = None if unused else flat.clone().view_as(master).to(master.dtype)
         optimizer.step()
     assert all(
         value.shape in {master.shape, torch.Size()}
@@ -112,7 +114,7 @@ def on_ranks(rank: int, kind: str, shared: bool) -> dict[str, Any]:
 
 
 def together(ranks: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    whole = {name: torch.full((value.numel(),), torch.nan) for name, value in values().items()}
+    whole = {name: torch.full((value.numel(),), torch.nan, dtype=value.dtype) for name, value in values().items()}
     for of_rank in ranks:
         for name, (start, part) in of_rank.items():
             whole[name][start : start + part.numel()] = part

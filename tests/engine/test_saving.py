@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from ranks import run_ranks
 
 import hpc_ds
+from hpc_ds.checkpoint import writer
+from hpc_ds.runtime import preemption
 
 
 def train_in_a_run(rank: int, folder: str, checkpoints: str, steps: int) -> list[dict[str, Any]]:
@@ -26,6 +30,7 @@ def train_in_a_run(rank: int, folder: str, checkpoints: str, steps: int) -> list
     for _ in range(steps):
         engine.backward(engine(torch.ones(1, 3)).mean())
         engine.step()
+    engine.wait_for_checkpoint()
     lines = Path(folder, "events.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -46,3 +51,42 @@ def test_a_save_that_fails_is_told_and_training_goes_on(tmp_path: Path) -> None:
     assert [event["step"] for event in failed] == [2, 4]
     assert "Not a directory" in failed[0]["error"]
     assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3, 4, 5]
+
+
+def stop_before_a_save_can_end(_rank: int, folder: str, every_steps: int | None) -> dict[str, Any]:
+    """Told to end at step 3, when a save is believed to last longer than there is time; that of step 2 may be under way."""
+    os.environ["HPCDS_RUN_DIR"], os.environ["HPCDS_ATTEMPT"] = folder, "1"
+    job = {"checkpoint": {"every_steps": every_steps}}
+    Path(folder, "config.json").write_text(json.dumps(job))
+    may_end, finish = threading.Event(), writer.finish
+
+    def held_up(*arguments: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            may_end.wait()
+        return finish(*arguments)
+
+    writer.finish = held_up  # type: ignore[assignment]
+    config = {"train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    engine, *_ = hpc_ds.initialize(model=torch.nn.Linear(3, 1), config=config)
+    engine._checkpoints.cost.durable_s = 1e6
+    wait = engine._checkpoints.wait
+    engine._checkpoints.wait = lambda: (may_end.set() if preemption.told_to_stop() else None, wait())
+    try:
+        for step in (1, 2, 3):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            engine.backward(engine(torch.ones(1, 3)).mean())
+            engine.step()
+    except hpc_ds.Preempted as stop:
+        events = [json.loads(line) for line in Path(folder, "events.jsonl").read_text().splitlines()]
+        return {"said": str(stop), "stopped": [event["step"] for event in events if event["event"] == "stopped"]}
+    return {}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("every_steps", "saved"), [(None, 3), (2, 2)])
+def test_what_is_saved_on_a_stop_is_what_is_told(tmp_path: Path, every_steps: int | None, saved: int) -> None:
+    """Where nothing is being written a save is tried, however long it is believed to last."""
+    (told,) = run_ranks(stop_before_a_save_can_end, 1, str(tmp_path), every_steps)
+    assert told == {"said": f"checkpointed step {saved} on SIGTERM", "stopped": [saved]}
+    assert (tmp_path / "checkpoints" / "latest").read_text() == f"global_step{saved}"

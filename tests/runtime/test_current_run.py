@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hpc_ds.run_dir import RunDir, read_lines, write_json
+from hpc_ds.run_dir import RunDir, append_line, read_lines, write_json
 from hpc_ds.runtime.run import CurrentRun
 
 if TYPE_CHECKING:
@@ -51,3 +51,49 @@ def test_events_are_lines_with_attempt_and_time(tmp_path: Path) -> None:
     assert [(line["event"], line["attempt"], line["step"]) for line in lines] == [("step", 2, 1), ("saved", 2, 1)]
     assert lines[0]["time"] <= lines[1]["time"]
     assert lines[0]["loss"] == pytest.approx(0.5)
+
+
+def attempt(run: CurrentRun, number: int, begin: float, end: float | None = None, cause: str = "crashed") -> None:
+    append_line(run.files.ledger, {"event": "opened", "number": number, "opened": begin})
+    if end is not None:
+        append_line(run.files.ledger, {"event": "closed", "number": number, "closed": end, "cause": cause})
+
+
+@pytest.mark.parametrize(
+    ("attempts", "wanted"),
+    [
+        ([], None),
+        ([(0, None, "")], None),
+        ([(0, 100, "walltime"), (200, 300, "preempted"), (400, 500, "cancelled")], None),
+        ([(0, 100, "crashed")], 100),
+        ([(0, 100, "walltime"), (1000, 1300, "lost")], 400),  # what lies between attempts was spent in the queue
+        ([(0, 100, "node_failure"), (100, 200, "requeued"), (200, 210, "stopped"), (300, None, "")], 105),
+    ],
+)
+def test_the_time_between_failures_is_that_of_the_ledger(
+    tmp_path: Path, attempts: list[tuple[float, float | None, str]], wanted: float | None
+) -> None:
+    run = CurrentRun(tmp_path, 1)
+    for number, (begin, end, cause) in enumerate(attempts, 1):
+        attempt(run, number, begin, end, cause)
+    assert run.failures_every_s() == wanted
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"event": "opened", "number": 7},
+        {"event": "closed", "number": 7, "closed": 9.0, "cause": "crashed"},
+        {"event": "closed", "number": 1, "cause": "crashed"},
+        {"event": "noted"},
+    ],
+)
+def test_lines_of_the_ledger_that_lack_something_count_for_nothing(tmp_path: Path, line: dict[str, Any]) -> None:
+    run = CurrentRun(tmp_path, 1)
+    append_line(run.files.ledger, line)
+    attempt(run, 1, 0.0)
+    append_line(run.files.ledger, line)
+    with run.files.ledger.open("ab") as file:
+        file.write(b'{"event": "closed", "number": 1, "clo')  # torn; the next line ends it
+    append_line(run.files.ledger, {"event": "closed", "number": 1, "closed": 50.0, "cause": "lost"})
+    assert run.failures_every_s() == 50.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -129,12 +130,13 @@ def test_a_script_that_does_not_catch_it_ends_with_75(tmp_path: Path) -> None:
 
 
 DEADLINES = {
-    "past": (lambda: str(time.time() - 1), "deadline"),
-    "past, with a line end": (lambda: f"{time.time() - 1}\n", "deadline"),
-    "to come": (lambda: str(time.time() + 100), None),
+    "past": (lambda: f"{time.time() - 1} {time.time() + 9}", "deadline"),
+    "past, with a line end": (lambda: f"{time.time() - 1} {time.time() + 9}\n", "deadline"),
+    "to come": (lambda: f"{time.time() + 100} {time.time() + 110}", None),
     "nothing": (lambda: "", None),
-    "no number": (lambda: "soon", None),
-    "no time": (lambda: "nan", None),
+    "one number": (lambda: str(time.time() - 1), None),
+    "no number": (lambda: "soon later", None),
+    "no time": (lambda: "nan nan", None),
 }
 
 
@@ -163,7 +165,7 @@ def test_the_clock_is_looked_at_now_and_then(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("HPCDS_DEADLINE", str(tmp_path / "deadline"))
     request = _Request()
     request.look_at_the_clock()
-    (tmp_path / "deadline").write_text("0")
+    (tmp_path / "deadline").write_text("0 1")
     request.look_at_the_clock()
     assert request.by is None, "it was looked at a moment ago"
     clock[0] += 5.1
@@ -172,9 +174,22 @@ def test_the_clock_is_looked_at_now_and_then(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_signal_is_not_overruled_by_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "deadline").write_text("0")
+    (tmp_path / "deadline").write_text("0 1")
     monkeypatch.setenv("HPCDS_DEADLINE", str(tmp_path / "deadline"))
     request = _Request()
     request.hear(15, None)
     request.look_at_the_clock()
     assert request.by == "SIGTERM"
+
+
+def test_the_time_left_is_known_from_what_told_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = _Request()
+    monkeypatch.setattr(preemption, "_request", request)
+    assert preemption.seconds_left() == math.inf
+    (tmp_path / "deadline").write_text(f"{time.time() - 1} {time.time() + 600}")
+    monkeypatch.setenv("HPCDS_DEADLINE", str(tmp_path / "deadline"))
+    assert 500 < preemption.seconds_left() <= 600
+    request.hear(15, None)  # SIGTERM: the scheduler ends the job now, whatever its time limit
+    assert 0 < preemption.seconds_left() <= 30
+    request.at -= 100
+    assert preemption.seconds_left() == 0

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from hpc_ds.runtime import process_group
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -103,3 +105,23 @@ def test_wrong_variables_are_listed(env: dict[str, str], words: list[str], tmp_p
     assert message.startswith("hpc_ds.errors.RankError: ")
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "current", "devices", "chosen"), [(2, 0, 4, [2]), (2, 3, 4, []), (2, 0, 1, []), (0, 0, 4, [0])]
+)
+def test_a_script_that_has_chosen_no_device_gets_its_own(
+    monkeypatch: pytest.MonkeyPatch, local_rank: int, current: int, devices: int, chosen: list[int]
+) -> None:
+    """Where it made the process group itself: all ranks of a node would share the first device otherwise."""
+    found: list[int] = []
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(process_group.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(process_group.dist, "get_rank", lambda: 2)
+    monkeypatch.setattr(process_group.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(process_group.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(process_group.torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(process_group.torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(process_group.torch.cuda, "set_device", found.append)
+    process_group.init_distributed()
+    assert found == chosen

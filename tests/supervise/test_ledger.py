@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
-from hpc_ds.run_dir import RunDir, append_line, read_lines
+from hpc_ds.checkpoint import writer
+from hpc_ds.checkpoint.shards import Shard
+from hpc_ds.report.status import status_of
+from hpc_ds.run_dir import RunDir, append_line, read_lines, write_json
 from hpc_ds.supervise.ledger import Attempt, close_attempt, open_attempt, read_ledger, steps_of
 
 if TYPE_CHECKING:
@@ -110,3 +114,65 @@ def test_an_event_torn_by_a_crash_does_no_harm(run: RunDir) -> None:
     with run.events.open("ab") as file:
         file.write(b'{"event": "step", "attempt": 1, "st')
     assert steps_of(run, 1)["last_step"] == 1
+
+
+def test_a_lost_attempt_ended_with_its_last_sign_of_life(run: RunDir) -> None:
+    opened = open_attempt(run, "25", "n1", "n1").opened
+    append_line(run.events, {"event": "step", "attempt": 1, "step": 1, "time": opened + 50.0})
+    append_line(run.events, {"event": "step", "attempt": 2, "step": 1, "time": opened + 90.0})
+    append_line(run.events, {"event": "step", "attempt": 1, "step": 2})
+    open_attempt(run, "26", "n2", "n2")
+    open_attempt(run, "27", "n2", "n2")
+    silent = RunDir(run.root / "silent")
+    silent.root.mkdir()
+    open_attempt(silent, "28", "n1", "n1")
+    open_attempt(silent, "29", "n1", "n1")
+    first, second, _ = read_ledger(run)
+    assert (first.cause, first.closed) == ("lost", opened + 50.0)
+    assert second.closed == opened + 90.0
+    alone = read_ledger(silent)[0]
+    assert alone.closed == alone.opened
+
+
+def save(folder: Path, step: int) -> Path:
+    shard = Shard("model.weight", (4,), 0, torch.full((4,), float(step)))
+    return writer.save(folder, f"step{step}", writer.Content([shard], {}, {}, {}, step))
+
+
+def known(run: RunDir, number: int) -> tuple[int | None, int | None]:
+    """What the ledger and the status say."""
+    return steps_of(run, number)["saved_step"], status_of(run).saved_step
+
+
+def test_a_save_that_nobody_was_left_to_write_of_counts(run: RunDir) -> None:
+    write_json(run.config, {"name": "toy"})
+    save(run.checkpoints, 2)
+    event(run, "saved", 1, 2)
+    save(run.checkpoints, 4)  # committed behind the training, and then the power went
+    assert known(run, 1) == (4, 4)
+    open_attempt(run, "25", "n1", "n1")
+    open_attempt(run, "26", "n1", "n1")
+    assert read_ledger(run)[0].saved_step == 4
+
+
+def test_what_a_resume_passes_over_does_not_count(run: RunDir) -> None:
+    write_json(run.config, {"name": "toy"})
+    save(run.checkpoints, 2)
+    newest = save(run.checkpoints, 4)
+    event(run, "saved", 1, 4)
+    (newest / "rank-0.safetensors").write_bytes(b"")
+    assert known(run, 1) == (2, 2)
+    (newest / "manifest.json").write_text("{")
+    assert known(run, 1) == (2, 2)
+    hidden = run.checkpoints / ".saving-step6-00000000"
+    hidden.mkdir()
+    (run.checkpoints / "step2" / "manifest.json").rename(hidden / "manifest.json")
+    assert known(run, 1) == (4, 4)  # nothing is whole: what rank 0 said is all there is
+
+
+def test_the_folder_that_the_job_names_is_asked(run: RunDir, tmp_path: Path) -> None:
+    write_json(run.config, {"name": "toy", "checkpoint": {"dir": str(tmp_path / "elsewhere")}})
+    save(run.checkpoints, 9)
+    assert known(run, 1) == (None, None)
+    save(tmp_path / "elsewhere", 3)
+    assert known(run, 1) == (3, 3)
