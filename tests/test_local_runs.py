@@ -14,7 +14,7 @@ from whole_runs import GPT, SMALL, Run, Runs, wait_until
 
 pytestmark = pytest.mark.local
 
-STEPS = 60
+STEPS = 120  # enough that a command of a second finds it running
 TWO_RANKS = ("--tasks-per-node", "2")
 
 
