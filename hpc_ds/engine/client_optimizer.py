@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hpc_ds.engine.optimizers import elementwise, make_optimizer
+from hpc_ds.engine.piece import own_range
 from hpc_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -115,5 +116,4 @@ def _own(value: Any, piece: Piece) -> Any:
     if not isinstance(value, torch.Tensor) or value.shape != piece.shape or piece.shape == ():
         return value
     master = piece.master
-    own = value.flatten().narrow(0, piece.start, master.numel()).view(master.shape)
-    return own.to(master.device, master.dtype).clone()
+    return own_range(value, piece.start, master).to(master.device, master.dtype).clone()

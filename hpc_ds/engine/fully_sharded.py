@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from hpc_ds.engine.compute_types import compute_dtypes, modules_apart, usual_type
 from hpc_ds.engine.deferred import Deferred
 from hpc_ds.engine.exchange import DirectAllGather, DirectReduceScatter, Exchange
-from hpc_ds.engine.piece import Piece
+from hpc_ds.engine.piece import Piece, own_range
 from hpc_ds.engine.scalars import Scalars
 from hpc_ds.engine.sharding import (
     Kept,
@@ -355,7 +355,7 @@ class FullySharded(Sharding):
                 dist.broadcast(whole, src=writer)
                 piece = self._piece("", held.sharded_param)
                 own = piece.master.detach()
-                take_up_written(own, whole.flatten().narrow(0, piece.start, own.numel()).view(own.shape))
+                take_up_written(own, own_range(whole, piece.start, own))
 
     def _piece(self, name: str, parameter: nn.Parameter) -> Piece:
         """This rank's rows of a parameter, as torch.chunk cuts them."""

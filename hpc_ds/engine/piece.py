@@ -29,3 +29,8 @@ class Piece:
     start: int
     master: nn.Parameter
     shared: bool
+
+
+def own_range(whole: torch.Tensor, start: int, own: torch.Tensor) -> torch.Tensor:
+    """The part of a whole tensor that begins at a flat index and has the shape of what this rank keeps."""
+    return whole.flatten().narrow(0, start, own.numel()).view(own.shape)

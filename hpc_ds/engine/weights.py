@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from hpc_ds.checkpoint.agree import on_rank_0
-from hpc_ds.engine.piece import Piece
+from hpc_ds.engine.piece import Piece, own_range
 from hpc_ds.engine.sharding import gather_flat
 from hpc_ds.engine.state import tied_names
 from hpc_ds.errors import ConfigError
@@ -89,7 +89,7 @@ def load_whole(sharding: Sharding, state: Mapping[str, torch.Tensor], *, strict:
     for _, value, place in fitting:
         own = place.master if isinstance(place, Piece) else place.tensor
         with torch.no_grad():
-            own.copy_(value.flatten().narrow(0, place.start, own.numel()).view(own.shape))
+            own.copy_(own_range(value, place.start, own))
     sharding.publish()
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hpc_ds.engine.piece import own_range
 from hpc_ds.engine.sharding import gather_flat
 from hpc_ds.errors import ConfigError
 from hpc_ds.runtime.roll_call import roll_call
@@ -245,7 +246,7 @@ def _write(piece: Piece, own: torch.Tensor, value: torch.Tensor) -> None:
             f"value of shape {tuple(value.shape)}: {piece.name!r} has shape {tuple(piece.shape)}; give the whole value"
         )
     with torch.no_grad():
-        own.copy_(value.flatten().narrow(0, piece.start, own.numel()).view(own.shape))
+        own.copy_(own_range(value, piece.start, own))
 
 
 def _write_range(piece: Piece, own: torch.Tensor, value: torch.Tensor) -> None:

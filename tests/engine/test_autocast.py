@@ -1,4 +1,4 @@
-"""torch_autocast: what the forward computes in, and which parameters may be communicated in the lower precision."""
+"""torch_autocast: what the forward computes in."""
 
 from __future__ import annotations
 
