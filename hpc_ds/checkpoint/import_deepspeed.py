@@ -20,6 +20,7 @@ from hpc_ds.checkpoint.deepspeed_shards import Gathered, Part, whole
 from hpc_ds.checkpoint.index import BLOCK_BYTES, ITEM_BYTES, Entry, Index, header_of, write_index
 from hpc_ds.checkpoint.layout import FORMAT, candidates, data_file
 from hpc_ds.checkpoint.torch_file import InFile, Record
+from hpc_ds.config.known_names import MOVED_BY_SCHEDULES
 from hpc_ds.errors import CheckpointError, ConfigError
 from hpc_ds.run_dir import fsync_folder
 from hpc_ds.version import __version__
@@ -35,7 +36,6 @@ _ITS_OWN = {
     "global_steps", "global_samples", "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions", "ds_config",
     "ds_version", "universal_checkpoint_info", "num_experts", "autotp_universal_checkpoint_info",
 }  # fmt: skip
-_MOVED_BY_SCHEDULES = ("lr", "momentum", "betas")
 
 
 def import_deepspeed(
@@ -238,7 +238,7 @@ def _client_state(checkpoint: DeepSpeedCheckpoint) -> dict[str, Any]:
     model = checkpoint.model[0]
     schedule = model.get("lr_scheduler")
     groups = _groups(checkpoint)
-    moved = [{key: group[key] for key in _MOVED_BY_SCHEDULES if key in group} for group in groups]
+    moved = [{key: group[key] for key in MOVED_BY_SCHEDULES if key in group} for group in groups]
     return {
         "client": {key: value for key, value in model.items() if key not in _ITS_OWN},
         "registered": {},

@@ -69,3 +69,6 @@ TORCH_SCHEDULES = (
     "LambdaLR", "LinearLR", "MultiStepLR", "MultiplicativeLR", "OneCycleLR", "PolynomialLR", "ReduceLROnPlateau",
     "SequentialLR", "StepLR",
 )  # fmt: skip
+
+# What a schedule changes in a parameter group, and a checkpoint keeps for those that go on from it.
+MOVED_BY_SCHEDULES = ("lr", "momentum", "betas")

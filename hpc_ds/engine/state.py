@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from hpc_ds.checkpoint.shards import Shard, own_share
+from hpc_ds.config.known_names import MOVED_BY_SCHEDULES
 from hpc_ds.engine.schedule import Schedule
 from hpc_ds.errors import CheckpointError
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from hpc_ds.engine.sharding import Sharding
 
 _MODEL, _OPTIMIZER = "model.", "optimizer."
-_MOVED_BY_SCHEDULES = ("lr", "momentum", "betas")
 _ALIKE = {"Adam", "AdamW"}  # optimizers of the same state
 
 
@@ -196,7 +196,7 @@ def schedule_state(lr_scheduler: Any, optimizer: torch.optim.Optimizer | None) -
     if lr_scheduler is None:
         return None
     groups = [] if optimizer is None else optimizer.param_groups
-    moved = [{key: group[key] for key in _MOVED_BY_SCHEDULES if key in group} for group in groups]
+    moved = [{key: group[key] for key in MOVED_BY_SCHEDULES if key in group} for group in groups]
     return {"schedule": lr_scheduler.state_dict(), "moved": moved}
 
 
