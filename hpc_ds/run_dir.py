@@ -8,6 +8,8 @@ RUNS/<name>-<stamp>/
     env.sh               environment of the job, mode 0600
     job.json             the scheduler's job id; written again by ``resume``
     logs/                scheduler.log, attempt-N/rank-R.log, attempt-N/launcher.log
+    logs/attempt-N/      beats/rank-R.json: signs of life; failures/rank-R.json: what a rank raised;
+                         dump: ranks are asked for their stacks; stacks/rank-R.txt: where each was
     checkpoints/         unless the job names another place
     attempts.jsonl       the ledger: one line when an attempt opens, one when it closes
     events.jsonl         steps, saves and resumes, written by rank 0
@@ -55,6 +57,22 @@ class RunDir:
     def attempt_logs(self, attempt: int) -> Path:
         """The folder with the logs of one attempt."""
         return self.logs / f"attempt-{attempt}"
+
+    def beats(self, attempt: int) -> Path:
+        """The folder in which each rank of an attempt gives signs of life."""
+        return self.attempt_logs(attempt) / "beats"
+
+    def failures(self, attempt: int) -> Path:
+        """The folder in which a rank of an attempt writes what it raised."""
+        return self.attempt_logs(attempt) / "failures"
+
+    def stacks(self, attempt: int) -> Path:
+        """The folder in which a rank of an attempt writes where it is, when it is asked."""
+        return self.attempt_logs(attempt) / "stacks"
+
+    def dump_request(self, attempt: int) -> Path:
+        """A file that asks every rank of an attempt for its stacks as soon as it is there."""
+        return self.attempt_logs(attempt) / "dump"
 
     @classmethod
     def create(cls, runs: Path, name: str) -> RunDir:

@@ -39,6 +39,8 @@ class JobState:
         end_time: seconds since the epoch at which it will be ended; None where there is no limit.
         nodes: the folded node list; empty while it waits.
         held: it waits for a person.
+        may_requeue: the scheduler takes a request to queue it again (``--requeue``).
+        start_time: seconds since the epoch at which it started, or is expected to; None where nobody knows.
     """
 
     state: str
@@ -48,6 +50,8 @@ class JobState:
     end_time: float | None = None
     nodes: str = ""
     held: bool = False
+    may_requeue: bool = True
+    start_time: float | None = None
 
     @property
     def active(self) -> bool:

@@ -30,6 +30,10 @@ class Attempt:
         action: what the supervisor did about it: finish, requeue, hold, leave.
         first_step, last_step: optimizer steps it took; None where it took none.
         saved_step: step of the newest checkpoint when it ended; None where there was none.
+        first_step_s: seconds from the start of the attempt to the end of its first step.
+        step_s: the longest that a step took, but the first; save_s: what the last save took until it was durable.
+        lost_s: seconds that went into steps beyond ``saved_step``, which have to be taken again.
+        node: the node that the end is blamed on; empty where none is.
         detail: one sentence for a person.
         failure: the rank that failed first, for a crash.
     """
@@ -46,6 +50,11 @@ class Attempt:
     first_step: int | None = None
     last_step: int | None = None
     saved_step: int | None = None
+    first_step_s: float | None = None
+    step_s: float | None = None
+    save_s: float | None = None
+    lost_s: float | None = None
+    node: str = ""
     detail: str = ""
     failure: dict[str, Any] | None = field(default=None)
 
