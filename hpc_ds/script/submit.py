@@ -38,6 +38,25 @@ def submit(job: JobConfig, site: SiteConfig, runs: Path) -> tuple[RunDir, str]:
         RunError: no folder can be made in ``runs``.
         SubmitError: the scheduler refused the job. The folder is removed again.
     """
+    run = prepare(job, site, runs)
+    try:
+        job_id = queue(run, site)
+    except SubmitError:
+        shutil.rmtree(run.root, ignore_errors=True)
+        raise
+    except SchedulerError as error:  # the job may be queued, and would need its folder
+        raise SchedulerError(f"{error}; its run folder {str(run.root)!r} is kept") from error
+    run.remember()
+    return run, job_id
+
+
+def prepare(job: JobConfig, site: SiteConfig, runs: Path) -> RunDir:
+    """Make the run folder of a job, with everything in it but a queued job.
+
+    Raises:
+        ConfigError: the job does not fit the site or this shell.
+        RunError: no folder can be made in ``runs``.
+    """
     variables = environment_file(job, site, dict(os.environ))
     run = RunDir.create(runs, job.name)
     try:
@@ -52,15 +71,7 @@ def submit(job: JobConfig, site: SiteConfig, runs: Path) -> tuple[RunDir, str]:
             words = error.strerror if isinstance(error, OSError) else "its path is not UTF-8 text"
             raise RunError(f"run folder {str(run.root)!r}: cannot be written: {words}; choose another") from None
         raise
-    try:
-        job_id = queue(run, site)
-    except SubmitError:
-        shutil.rmtree(run.root, ignore_errors=True)
-        raise
-    except SchedulerError as error:  # the job may be queued, and would need its folder
-        raise SchedulerError(f"{error}; its run folder {str(run.root)!r} is kept") from error
-    run.remember()
-    return run, job_id
+    return run
 
 
 def queue(run: RunDir, site: SiteConfig) -> str:
