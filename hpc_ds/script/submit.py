@@ -18,6 +18,7 @@ from hpc_ds.run_dir import RunDir, read_object, write_atomic, write_json
 from hpc_ds.script.render import environment_file, render
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from hpc_ds.config.job import JobConfig
@@ -74,13 +75,27 @@ def prepare(job: JobConfig, site: SiteConfig, runs: Path) -> RunDir:
     return run
 
 
-def queue(run: RunDir, site: SiteConfig) -> str:
-    """Hand the script of a run to its scheduler and write down the job id; also for a run that goes on."""
-    before = read_object(run.job)
-    job_id = scheduler_named(site.scheduler, run).submit(run)
-    earlier = [*before.get("earlier", []), before["job_id"]] if before else []
-    write_json(run.job, {"job_id": job_id, "site": site.name, "submitted": time.time(), "earlier": earlier})
+def queue(run: RunDir, site: SiteConfig, after: str | None = None, exclude: Sequence[str] = ()) -> str:
+    """Hand the script of a run to its scheduler and write down the job id; also for a run that goes on.
+
+    Args:
+        run: whose script.
+        site: that it was made for.
+        after: a job that has to end first.
+        exclude: nodes that it must not start on.
+    """
+    job_id = scheduler_named(site.scheduler, run).submit(run, after, exclude)
+    note_job(run, site, job_id)
     return job_id
+
+
+def note_job(run: RunDir, site: SiteConfig, job_id: str) -> None:
+    """Write down which job a run is now, and which it was before. Submitter and job both do: the first one counts."""
+    before = read_object(run.job)
+    if before.get("job_id") == job_id:
+        return
+    earlier = [*before.get("earlier", []), before["job_id"]] if before.get("job_id") else []
+    write_json(run.job, {"job_id": job_id, "site": site.name, "submitted": time.time(), "earlier": earlier})
 
 
 def _provenance(job: JobConfig) -> dict[str, Any]:
