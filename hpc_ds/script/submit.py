@@ -18,7 +18,6 @@ from hpc_ds.run_dir import RunDir, read_object, write_atomic, write_json
 from hpc_ds.script.render import environment_file, render
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from hpc_ds.config.job import JobConfig
@@ -75,16 +74,9 @@ def prepare(job: JobConfig, site: SiteConfig, runs: Path) -> RunDir:
     return run
 
 
-def queue(run: RunDir, site: SiteConfig, after: str | None = None, exclude: Sequence[str] = ()) -> str:
-    """Hand the script of a run to its scheduler and write down the job id; also for a run that goes on.
-
-    Args:
-        run: whose script.
-        site: that it was made for.
-        after: a job that has to end first.
-        exclude: nodes that it must not start on.
-    """
-    job_id = scheduler_named(site.scheduler, run).submit(run, after, exclude)
+def queue(run: RunDir, site: SiteConfig) -> str:
+    """Hand the script of a run to its scheduler and write down the job id; also for a run that goes on."""
+    job_id = scheduler_named(site.scheduler, run).submit(run)
     note_job(run, site, job_id)
     return job_id
 

@@ -131,7 +131,7 @@ def _write(run: RunDir, line: dict[str, Any]) -> None:
 
 def outcome(run: RunDir, opened: float, progress: Progress) -> dict[str, Any]:
     """What an attempt has achieved, as fields of the ledger."""
-    saved = saved_step(run)
+    saved = saved_step(run, progress.saved_step)
     first_at = progress.first_step_at
     return {
         "first_step": progress.first_step,
@@ -144,15 +144,20 @@ def outcome(run: RunDir, opened: float, progress: Progress) -> dict[str, Any]:
     }
 
 
-def saved_step(run: RunDir) -> int | None:
+def saved_step(run: RunDir, told: int | None = None) -> int | None:
     """The step that a resume would go on from; None where nothing is saved.
 
     The folder is asked first: a save behind the training may be committed when nobody is left to write of it. Where a
-    script saves elsewhere, rank 0's last words are all there is.
+    script saves elsewhere, rank 0's words are all there is.
+
+    Args:
+        run: whose checkpoints.
+        told: the last save that rank 0 told of, where that is known.
     """
     folder = read_object(run.config).get("checkpoint", {}).get("dir") or run.checkpoints
     committed = newest_step(Path(folder))
-    if committed is not None:
-        return committed
-    told = [int(event["step"]) for event in end_of(run.events) if event.get("event") == "saved"]
-    return told[-1] if told else None
+    if committed is not None or told is not None:
+        return committed if committed is not None else told
+    said = [int(event["step"]) for event in end_of(run.events) if event.get("event") == "saved"]
+    before = [attempt.saved_step for attempt in read_ledger(run) if attempt.saved_step is not None]
+    return [*before, *said][-1] if before or said else None

@@ -156,9 +156,10 @@ def _after_failure(cause: str, last_step: int | None, before: Sequence[Attempt],
     if last_step is None:
         return "hold", f"held: it {did} before its first step, and would again"
     failures = [attempt for attempt in before if attempt.cause in _FAILURES]
-    reached = max((failure.last_step for failure in failures if failure.last_step is not None), default=None)
-    if reached is not None and last_step <= reached:
-        return "hold", f"held: it {did} at step {last_step}, no further than the failure before (step {reached})"
+    further = [failure for failure in failures if failure.last_step is not None and failure.last_step >= last_step]
+    if further:
+        earlier = f"the {_NOUNS[str(further[-1].cause)]} before (step {further[-1].last_step})"
+        return "hold", f"held: it {did} at step {last_step}, no further than {earlier}"
     count = sum(attempt.cause == cause for attempt in failures)
     name, most = ("max_hangs", limits.max_hangs) if cause == "hang" else ("max_crashes", limits.max_crashes)
     if count >= most:

@@ -19,6 +19,7 @@ class Progress:
 
     Attributes:
         first_step, last_step: optimizer steps it took; None before the first.
+        saved_step: of the last save that rank 0 has told of.
         first_step_at: when the first one was done, in rank 0's seconds since the epoch.
         seen_at: when the last event was written, by the same clock; None before the first.
         joined: the program tells of its steps, in this attempt or one before.
@@ -34,6 +35,7 @@ class Progress:
         self._unsaved: dict[int, float] = {}  # seconds of the steps since the last save
         self.first_step: int | None = None
         self.last_step: int | None = None
+        self.saved_step: int | None = None
         self.first_step_at: float | None = None
         self.seen_at: float | None = None
         self.joined = size > 0
@@ -49,6 +51,7 @@ class Progress:
         kind, step = event.get("event"), event.get("step")
         self.seen_at = event.get("time", self.seen_at)
         if kind == "saved" and isinstance(step, int):
+            self.saved_step = step
             self._saves.append(float(event.get("seconds") or 0.0))
             self._unsaved = {number: seconds for number, seconds in self._unsaved.items() if number > step}
         if kind != "step" or not isinstance(step, int):

@@ -222,11 +222,12 @@ class Supervisor:
         if attempt.action == "hold":
             return  # the job ends, which is as good: the ledger says why, and `hpcds resume` goes on
         try:
-            job_id = self._talk.submit_successor(self._run, self._site, exclude)
+            job_id = self._talk.submit_successor(self._run, exclude)
         except RefusedError as error:
             say(f"no successor either: {error}; `hpcds resume {self._run.root}` continues the run")
             close_attempt(self._run, attempt.number, action="leave", detail=f"{attempt.detail}; but: {why}")
             return
+        note_job(self._run, self._site, job_id)
         close_attempt(self._run, attempt.number, action="successor", detail=f"{attempt.detail}; as job {job_id}")
         say(f"successor: job {job_id} goes on when this one has ended")
 

@@ -7,13 +7,11 @@ import time
 from typing import TYPE_CHECKING
 
 from hpc_ds.errors import NoProgramError, RefusedError, SchedulerError, SubmitError
-from hpc_ds.script.submit import queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hpc_ds.cluster.scheduler import JobState, Scheduler
-    from hpc_ds.config.site import SiteConfig
     from hpc_ds.run_dir import RunDir
 
 _PATIENCE_S = 1800.0  # a job holds its nodes meanwhile, but without the scheduler it can neither end well nor go on
@@ -86,16 +84,18 @@ class Talk:
         self._insist(action, lambda: ask(self._job_id), done)
         return self._queued_again(restarts, looks=_LOOKS)
 
-    def submit_successor(self, run: RunDir, site: SiteConfig, exclude: Sequence[str]) -> str:
+    def submit_successor(self, run: RunDir, exclude: Sequence[str]) -> str:
         """Submit the run anew, to start when this job has ended; returns the new job's id.
 
         Raises:
             RefusedError: it will not, or cannot be asked from here.
         """
         ids: list[str] = []
-        self._insist(
-            "successor", lambda: ids.append(queue(run, site, after=self._job_id, exclude=exclude)), lambda: False
-        )
+
+        def submit() -> None:
+            ids.append(self._scheduler.submit(run, self._job_id, exclude))
+
+        self._insist("successor", submit, lambda: False)
         return ids[0]
 
     def exclude(self, nodes: Sequence[str]) -> bool:
