@@ -113,6 +113,12 @@ def first_failure(ends: Sequence[TaskEnd], raised: Path, logs: Path) -> Failure 
     return _failure(end.rank, end.host, end.exit_code, own, logs)
 
 
+def only_victims(ends: Sequence[TaskEnd], raised: Path) -> bool:
+    """Whether all that failed so far has failed because it lost another rank."""
+    victims = {one.rank for one in _read(raised) if one.victim}
+    return all(end.rank in victims or end.exit_code == 128 + signal.SIGABRT for end in ends)
+
+
 def _failure(rank: int, host: str, exit_code: int, raised: _Raised | None, logs: Path) -> Failure:
     said = last_lines(rank_log(logs, rank))
     traceback = raised.traceback if raised is not None else _traceback_in(said)

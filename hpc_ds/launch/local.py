@@ -39,6 +39,7 @@ class LocalRunner:
         self.failure: Failure | None = None
         self.due_to: str | None = None
         self.lost_node = ""
+        self.reported: set[str] = set()
 
     def start(self) -> None:
         """Start all ranks, and name them in the step file for the keeper to signal."""
@@ -91,6 +92,11 @@ class LocalRunner:
             self._end_at = self._end_at or time.monotonic() + _SAY_S
             if time.monotonic() > self._end_at:
                 self.terminate()
+
+    def be_patient(self) -> None:
+        """Do not end the others yet, though one has failed: it is not known why."""
+        if self._end_at is not None:
+            self._end_at = time.monotonic() + _SAY_S
 
     def terminate(self) -> None:
         """SIGTERM to all ranks, and SIGKILL to those that are still there ten seconds later."""

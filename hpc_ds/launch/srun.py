@@ -95,6 +95,7 @@ class SrunRunner:
         self.failure: Failure | None = None
         self.due_to: str | None = None
         self.lost_node = ""
+        self.reported: set[str] = set()
 
     def start(self) -> None:
         """Start the step."""
@@ -151,6 +152,7 @@ class SrunRunner:
         if end is None:
             return
         host, task, how = end
+        self.reported.add(host)
         code = exit_code_of(how)
         if code not in {0, CHECKPOINTED}:
             self.ends.append(TaskEnd(self._first_rank.get(host, 0) + task, host, code, time.time()))
@@ -164,6 +166,11 @@ class SrunRunner:
             self.terminate()
         elif self._kill_at is not None and now > self._kill_at and self._srun is not None:
             self._srun.kill()
+
+    def be_patient(self) -> None:
+        """Do not end the others yet, though one has failed: it is not known why."""
+        if self._end_at is not None:
+            self._end_at = time.monotonic() + _PATIENCE_S
 
     def terminate(self) -> None:
         """End the step: srun passes SIGTERM to itself on to its tasks as SIGKILL."""

@@ -75,7 +75,9 @@ def read_ledger(run: RunDir) -> list[Attempt]:
     return [Attempt(**fields) for _, fields in sorted(attempts.items())]
 
 
-def open_attempt(run: RunDir, job_id: str, host: str, nodes: str, *, is_down: Callable[[str], bool]) -> Attempt:
+def open_attempt(
+    run: RunDir, job_id: str, host: str, nodes: str, *, is_down: Callable[[str], bool] = lambda _node: False
+) -> Attempt:
     """Open the next attempt; one that a killed supervisor left open is closed first.
 
     Args:

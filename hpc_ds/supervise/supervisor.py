@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from hpc_ds.cluster.connect import scheduler_named
 from hpc_ds.config.job import python_of
 from hpc_ds.config.load import load_resolved, load_site
-from hpc_ds.errors import RefusedError, RunError
+from hpc_ds.errors import NodeListError, RefusedError, RunError
 from hpc_ds.launch.failure import Failure, first_failure
 from hpc_ds.launch.local import LocalRunner
+from hpc_ds.launch.node_list import expand
 from hpc_ds.launch.srun import SrunRunner, components_of, srun_command
 from hpc_ds.run_dir import read_object
 from hpc_ds.script.submit import note_job
@@ -89,7 +90,7 @@ class Supervisor:
         attempt = self._open(at_start)
         progress = Progress(self._run, attempt.number)
         watch = Watch(self._run, self._job, attempt.number, self._talk, progress)
-        watch.begin(at_start, _end_in_environment(), read_ledger(self._run)[:-1])
+        watch.begin(at_start, _end_in_environment(), self._node_names(attempt.nodes), read_ledger(self._run)[:-1])
         say(f"attempt {attempt.number} of {self._job.name}, job {self._job_id}, on {attempt.nodes or 'this machine'}")
         runner = self._runner(attempt.number)
         exit_code = self._run_ranks(runner, watch)
@@ -110,6 +111,12 @@ class Supervisor:
                 f"run {str(self._run.root)!r}: job {last.job_id} runs it already; cancel that job first, or this one"
             )
 
+    def _node_names(self, nodes: str) -> list[str]:
+        try:
+            return expand(nodes) if nodes and self._site.scheduler == "slurm" else []
+        except NodeListError:
+            return []
+
     def _open(self, at_start: JobState | None) -> Attempt:
         host = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
         nodes = at_start.nodes if at_start is not None else os.environ.get("SLURM_JOB_NODELIST", "")
@@ -120,8 +127,9 @@ class Supervisor:
         if told is None and exit_code != 0:
             # Without the scheduler's word neither the cause is known nor a requeue to be had: it is waited for.
             told = self._talk.show(_ANSWER_AT_END_S)
+        due_to = runner.due_to or ("NODE FAILURE" if runner.lost_node else None)
         return Ended(
-            exit_code, told or watch.told, restarts, watch.terminated, runner.due_to,
+            exit_code, told or watch.told, restarts, watch.terminated, due_to,
             near_limit=watch.near_limit, hung=watch.hang is not None, overdue=watch.overdue,
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from hpc_ds.launch.failure import only_victims
 from hpc_ds.supervise.deadline import Deadline, longest
 from hpc_ds.supervise.hang import Hang, HangWatch, read_beat
 from hpc_ds.supervise.talk import say
@@ -26,6 +27,8 @@ _LOOK_EVERY_S = 1.0
 _ASK_EVERY_S = 60.0
 _LEARN_EVERY_S = 10.0
 _HANG_EVERY_S = 3.0
+_NODES_EVERY_S = 4.0
+_LOST_NODE_S = 120.0
 _DUMP_S = 6.0
 _DUMP_SHARE = 0.15  # of KillWait, where that runs
 _TO_REQUEUE_S, _TO_REQUEUE_SHARE = 4.0, 0.3  # of KillWait
@@ -55,6 +58,8 @@ class Watch:
         self._rank_told = False
         self._kill_wait_s = 0.0
         self._terminated_at = 0.0
+        self._failed_at = 0.0
+        self._nodes: list[str] = []
         self._earlier: Sequence[Attempt] = ()
         self.told: JobState | None = None
         self.terminated = False
@@ -68,14 +73,18 @@ class Watch:
         # Slurm sends the signal of --signal up to a minute early, and looks at its clock every half minute.
         return begin is not None and time.time() > begin - 90
 
-    def begin(self, job: JobState | None, end_time: float | None, earlier: Sequence[Attempt]) -> None:
+    def begin(
+        self, job: JobState | None, end_time: float | None, nodes: Sequence[str], earlier: Sequence[Attempt]
+    ) -> None:
         """Write the deadline before the ranks start.
 
         Args:
             job: the scheduler's word; None where it gave none.
             end_time: of the job, where the scheduler gave no word.
+            nodes: of the job.
             earlier: the attempts before, which have measured what a step and a save take.
         """
+        self._nodes = list(nodes)
         self._earlier = earlier[-3:]
         self._learn()
         self._deadline.ends_at(job.end_time if job is not None else end_time)
@@ -84,7 +93,12 @@ class Watch:
     def until_ended(self, runner: Runner) -> int:
         """Wait for all ranks; returns their exit code."""
         now = time.monotonic()
-        self._due = {"ask": now + _ASK_EVERY_S, "learn": now + _LEARN_EVERY_S, "hang": now + _HANG_EVERY_S}
+        self._due = {
+            "ask": now + _ASK_EVERY_S,
+            "learn": now + _LEARN_EVERY_S,
+            "hang": now + _HANG_EVERY_S,
+            "nodes": now,
+        }
         while (exit_code := runner.poll()) is None:
             woken = signal.sigtimedwait(WAKE, _LOOK_EVERY_S)
             if woken is not None and woken.si_signo in {signal.SIGTERM, signal.SIGINT}:
@@ -104,6 +118,8 @@ class Watch:
             self._learn()
         if self.hang is None and not self.terminated and self._is_due("hang", _HANG_EVERY_S):
             self._look_for_hang(runner)
+        if runner.ends and not self.terminated and self._is_due("nodes", _NODES_EVERY_S):
+            self._look_for_lost_node(runner)
         if self.terminated and not self.overdue and time.monotonic() > self._terminated_at + self._patience_s():
             self.overdue = True
             say("the ranks have not stopped and the job is about to be killed: they are ended")
@@ -159,6 +175,24 @@ class Watch:
         if self.hang is not None:
             say(f"hang: {self.hang.detail}; the ranks are ended")
             self._dump(runner)
+
+    def _look_for_lost_node(self, runner: Runner) -> None:
+        """When a node is lost its neighbours fail first, by their broken connections; the scheduler knows minutes later.
+
+        A node of which no rank was seen to end is the suspect; until it is cleared, nobody is blamed.
+        """
+        now = time.monotonic()
+        self._failed_at = self._failed_at or now
+        suspects = [node for node in self._nodes if node not in runner.reported]
+        raised = self._run.failures(self._number)
+        if not suspects or now - self._failed_at > _LOST_NODE_S or not only_victims(runner.ends, raised):
+            return
+        runner.be_patient()
+        lost = next((node for node in suspects if self._talk.is_down(node)), None)
+        if lost is not None:
+            say(f"node {lost} is lost, and the ranks of the others with it: they are ended")
+            runner.lost_node = lost
+            runner.terminate()
 
     def _dump(self, runner: Runner) -> None:
         """Ask all ranks where they are, give them a moment to say, and end them."""

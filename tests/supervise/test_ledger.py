@@ -23,10 +23,6 @@ def run(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path)
 
 
-def never(_node: str) -> bool:
-    return False
-
-
 def achieved(run: RunDir, number: int) -> dict[str, Any]:
     """What the ledger would say of an attempt, from all that was written."""
     progress = Progress(run, number, from_begin=True)
@@ -43,7 +39,7 @@ def test_a_run_without_a_ledger_has_no_attempts(run: RunDir) -> None:
 
 
 def test_an_attempt_is_opened_and_closed(run: RunDir) -> None:
-    opened = open_attempt(run, "25", "n1", "n[1-2]", is_down=never)
+    opened = open_attempt(run, "25", "n1", "n[1-2]")
     assert (opened.number, opened.job_id, opened.host, opened.nodes) == (1, "25", "n1", "n[1-2]")
     assert read_ledger(run) == [opened]
     close_attempt(
@@ -59,17 +55,17 @@ def test_an_attempt_is_opened_and_closed(run: RunDir) -> None:
 
 def test_attempts_are_counted_from_one(run: RunDir) -> None:
     for number in (1, 2, 3):
-        assert open_attempt(run, "25", "n1", "", is_down=never).number == number
+        assert open_attempt(run, "25", "n1", "").number == number
         close_attempt(run, number, cause="preempted")
     assert [attempt.number for attempt in read_ledger(run)] == [1, 2, 3]
 
 
 def test_an_attempt_that_was_never_closed_is_closed_as_lost_by_the_next(run: RunDir) -> None:
-    open_attempt(run, "25", "n1", "n1", is_down=never)
+    open_attempt(run, "25", "n1", "n1")
     for step in (1, 2, 3):
         event(run, "step", 1, step)
     event(run, "saved", 1, 2)
-    assert open_attempt(run, "26", "n2", "n2", is_down=never).number == 2
+    assert open_attempt(run, "26", "n2", "n2").number == 2
     lost, new = read_ledger(run)
     assert (lost.cause, lost.action, lost.detail) == (
         "lost",
@@ -82,7 +78,7 @@ def test_an_attempt_that_was_never_closed_is_closed_as_lost_by_the_next(run: Run
 
 
 def test_an_attempt_whose_node_is_down_was_lost_with_it(run: RunDir) -> None:
-    open_attempt(run, "25", "n1", "n[1-2]", is_down=never)
+    open_attempt(run, "25", "n1", "n[1-2]")
     open_attempt(run, "25", "n3", "n[3-4]", is_down=lambda node: node == "n1")
     lost = read_ledger(run)[0]
     assert (lost.cause, lost.node, lost.detail) == (
@@ -91,18 +87,18 @@ def test_an_attempt_whose_node_is_down_was_lost_with_it(run: RunDir) -> None:
 
 
 def test_an_attempt_that_was_closed_stays_as_it_is(run: RunDir) -> None:
-    open_attempt(run, "25", "n1", "n1", is_down=never)
+    open_attempt(run, "25", "n1", "n1")
     close_attempt(run, 1, cause="crashed", action="hold", detail="why")
-    open_attempt(run, "25", "n1", "n1", is_down=never)
+    open_attempt(run, "25", "n1", "n1")
     assert [(attempt.cause, attempt.detail) for attempt in read_ledger(run)] == [("crashed", "why"), (None, "")]
 
 
 def test_a_closing_line_torn_by_a_crash_counts_as_lost(run: RunDir) -> None:
-    open_attempt(run, "25", "n1", "n1", is_down=never)
+    open_attempt(run, "25", "n1", "n1")
     with run.ledger.open("ab") as file:
         file.write(b'{"event": "closed", "number": 1, "cause": "wall')
     assert read_ledger(run)[0].cause is None
-    assert open_attempt(run, "25", "n1", "n1", is_down=never).number == 2
+    assert open_attempt(run, "25", "n1", "n1").number == 2
     assert [attempt.cause for attempt in read_ledger(run)] == ["lost", None]
 
 
@@ -138,7 +134,7 @@ def test_the_steps_of_an_attempt(run: RunDir) -> None:
 
 def test_what_an_attempt_before_has_saved_stays_known(run: RunDir) -> None:
     """A script that saves elsewhere, and has written more since than the end of the file holds."""
-    open_attempt(run, "25", "n1", "n1", is_down=never)
+    open_attempt(run, "25", "n1", "n1")
     close_attempt(run, 1, cause="preempted", saved_step=3)
     assert achieved(run, 2)["saved_step"] == 3
 
@@ -151,16 +147,16 @@ def test_an_event_torn_by_a_crash_does_no_harm(run: RunDir) -> None:
 
 
 def test_a_lost_attempt_ended_with_its_last_sign_of_life(run: RunDir) -> None:
-    opened = open_attempt(run, "25", "n1", "n1", is_down=never).opened
+    opened = open_attempt(run, "25", "n1", "n1").opened
     append_line(run.events, {"event": "step", "attempt": 1, "step": 1, "time": opened + 50.0})
     append_line(run.events, {"event": "step", "attempt": 2, "step": 1, "time": opened + 90.0})
     append_line(run.events, {"event": "step", "attempt": 1, "step": 2})
-    open_attempt(run, "26", "n2", "n2", is_down=never)
-    open_attempt(run, "27", "n2", "n2", is_down=never)
+    open_attempt(run, "26", "n2", "n2")
+    open_attempt(run, "27", "n2", "n2")
     silent = RunDir(run.root / "silent")
     silent.root.mkdir()
-    open_attempt(silent, "28", "n1", "n1", is_down=never)
-    open_attempt(silent, "29", "n1", "n1", is_down=never)
+    open_attempt(silent, "28", "n1", "n1")
+    open_attempt(silent, "29", "n1", "n1")
     first, second, _ = read_ledger(run)
     assert (first.cause, first.closed) == ("lost", opened + 50.0)
     assert second.closed == opened + 90.0
@@ -184,8 +180,8 @@ def test_a_save_that_nobody_was_left_to_write_of_counts(run: RunDir) -> None:
     event(run, "saved", 1, 2)
     save(run.checkpoints, 4)  # committed behind the training, and then the power went
     assert known(run, 1) == (4, 4)
-    open_attempt(run, "25", "n1", "n1", is_down=never)
-    open_attempt(run, "26", "n1", "n1", is_down=never)
+    open_attempt(run, "25", "n1", "n1")
+    open_attempt(run, "26", "n1", "n1")
     assert read_ledger(run)[0].saved_step == 4
 
 

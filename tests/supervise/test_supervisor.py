@@ -216,7 +216,7 @@ def test_a_run_that_finished_is_not_run_again(run: RunDir, capsys: pytest.Captur
 
 
 def test_two_jobs_do_not_run_one_run(run: RunDir) -> None:
-    open_attempt(run, "24", "n1", "n1", is_down=lambda _node: False)
+    open_attempt(run, "24", "n1", "n1")
     with pytest.raises(RunError, match="job 24 runs it already; cancel that job first, or this one"):
         attempt(run, FakeScheduler([RUNNING]), "")
     attempt(run, FakeScheduler([JobState("FAILED"), RUNNING]), "")
@@ -225,7 +225,7 @@ def test_two_jobs_do_not_run_one_run(run: RunDir) -> None:
 
 def test_a_node_that_failed_twice_is_not_asked_for_again(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
-        number = open_attempt(run, "25", "n1", "n1", is_down=lambda _node: False).number
+        number = open_attempt(run, "25", "n1", "n1").number
         close_attempt(run, number, cause="node_failure", action="leave", node="n3")
     scheduler = FakeScheduler([RUNNING, RUNNING, JobState("PENDING", restarts=1)])
     attempt(run, scheduler, "raise SystemExit(75)", resources={"exclude": ["n9"]})
