@@ -137,8 +137,9 @@ class Watcher:
         """Wait for a signal, or until it is time for something."""
         wait_s = min(self._beat_at - time.monotonic(), BEAT_EVERY_S if self._told.by is None else _LOOK_EVERY_S)
         if select.select([self._reader], [], [], max(wait_s, 0.0))[0]:
-            for number in set(os.read(self._reader, BEAT_BYTES)) & self._told.signals:
-                self._told.hear(number)
+            for number in os.read(self._reader, BEAT_BYTES):
+                if number in self._told.signals:
+                    self._told.hear(number)
 
     def _beat(self, now: float) -> None:
         """Write where this rank is: in place and at once, so that a reader sees the old line or the new one, or half of one."""
@@ -191,4 +192,4 @@ class Watcher:
             )
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-            file.write("\n")
+            file.write("end of the stacks\n\n")
