@@ -26,6 +26,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from hpc_ds.cluster.process import node_name
 from hpc_ds.runtime.main_thread import MainThread
 from hpc_ds.runtime.progress import mark, progress
 
@@ -76,7 +77,7 @@ class Watcher:
         self._attempt = attempt
         self._told = told
         self._every_s = min(max(BEAT_EVERY_S, world_size / _RANKS_A_SECOND), _LONGEST_BEAT_S)
-        self._host = os.uname().nodename
+        self._host = node_name()
         self._count = 0
         self._said: str | None = None  # what told this rank, as the last beat had it
         self._beat_at = 0.0
