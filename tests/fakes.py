@@ -8,7 +8,7 @@ from hpc_ds.cluster.shell import Completed
 from hpc_ds.errors import CommandError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from hpc_ds.cluster.scheduler import JobState
@@ -68,6 +68,10 @@ class FakeScheduler:
         if isinstance(state, Exception):
             raise state
         return state
+
+    def show_many(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+        shown = {job_id: self.show(job_id) for job_id in job_ids}
+        return {job_id: state for job_id, state in shown.items() if state is not None}
 
     def submit(self, run: RunDir) -> str:
         self._request("submit", run.root.name)

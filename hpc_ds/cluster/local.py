@@ -23,6 +23,8 @@ from hpc_ds.errors import SchedulerError, SubmitError
 from hpc_ds.run_dir import read_object, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hpc_ds.run_dir import RunDir
 
 _START_TIMEOUT_S = 20.0
@@ -75,6 +77,11 @@ class Local:
         if job.active and not job.held and not process.is_alive(data["pid"], data["started"]):
             return JobState(state="NODE_FAIL", reason="the keeper of the job is gone", restarts=job.restarts)
         return job
+
+    def show_many(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+        """What the keeper wrote of the jobs of this run; the others are absent."""
+        found = {job_id: self.show(job_id) for job_id in job_ids}
+        return {job_id: job for job_id, job in found.items() if job is not None}
 
     def cancel(self, job_id: str) -> None:
         """End the job for good."""

@@ -149,3 +149,10 @@ def _after_crash(last_step: int | None, crashes: Sequence[Attempt], limits: Rest
     if len(crashes) >= limits.max_crashes:
         return "hold", f"held: crash number {len(crashes) + 1}, and restart.max_crashes is {limits.max_crashes}"
     return "requeue", f"crashed after progress to step {last_step}: queued again"
+
+
+def excluded_nodes(attempts: Sequence[Attempt], limit: int) -> list[str]:
+    """Nodes that the end of at least two attempts is blamed on: the last ``limit`` of them, newest last."""
+    blamed = [attempt.node for attempt in attempts if attempt.node]
+    twice = dict.fromkeys(node for node in reversed(blamed) if blamed.count(node) > 1)
+    return list(twice)[:limit][::-1] if limit > 0 else []
