@@ -51,7 +51,9 @@ class Status:
         queue_state, queue_reason: the scheduler's words; None where it has none.
         expected_start: when a waiting run is expected to start, ends_at: when a running job reaches its limit; seconds
             since the epoch, None where nobody knows.
-        steps: how many the run takes in all; eta_s: seconds until then at the present rate. None where not known.
+        steps: how many the run takes in all; None where neither the job's ``steps`` nor its schedule says.
+        steps_per_s, samples_per_s: over the last 50 steps of the last attempt; None before it took two.
+        eta_s: seconds until the last step of a running run at that rate; None where not known.
         failure: the rank that failed first, of a run that is held or failed.
         quiet_ranks: ranks that are silent or still for long.
     """
@@ -142,7 +144,8 @@ def _status(
     done, steps = progress(events), steps_in_all(config)
     running = state == "running" and bool(attempts) and attempts[-1].cause is None
     batch = samples_per_step(config)
-    rate = done.steps_per_s
+    ours = not attempts or done.attempt == attempts[-1].number
+    rate = done.steps_per_s if ours else None
     return Status(
         run_dir=str(run.root),
         name=str(config.get("name", "")),
@@ -164,7 +167,7 @@ def _status(
         steps=steps,
         steps_per_s=rate,
         samples_per_s=None if rate is None or batch is None else rate * batch,
-        eta_s=_eta_s(done, steps, attempts) if running else None,
+        eta_s=_eta_s(done, steps, rate) if running else None,
         submitted=read_object(run.provenance).get("submitted", job_file.get("submitted")),
         failure=_failure(run, attempts[-1]) if attempts and state in {"held", "failed"} else None,
         quiet_ranks=_quiet(run, attempts[-1], rate, pulses) if running else [],
@@ -172,10 +175,8 @@ def _status(
     )
 
 
-def _eta_s(done: Progress, steps: int | None, attempts: Sequence[Attempt]) -> float | None:
-    if steps is None or done.step is None or done.steps_per_s is None or done.attempt != attempts[-1].number:
-        return None
-    return max(steps - done.step, 0) / done.steps_per_s
+def _eta_s(done: Progress, steps: int | None, rate: float | None) -> float | None:
+    return None if steps is None or done.step is None or rate is None else max(steps - done.step, 0) / rate
 
 
 def _nodes(job: JobState | None, attempts: Sequence[Attempt], state: str) -> str:

@@ -54,7 +54,7 @@ def summary(run: RunDir, status: Status | None = None) -> Summary:
     if by_step:
         first, last = by_step[min(by_step)], by_step[max(by_step)]
         totals = f"{max(by_step)} steps, {status.steps_lost} lost, loss {first:.3f} -> {last:.3f}"
-    rows = [_row(attempt, "lost" if status.over else "running") for attempt in status.attempts]
+    rows = [_row(attempt, status) for attempt in status.attempts]
     drawn = curve(sorted(by_step.items()), restarts)
     return Summary(status, facts(status), rows, failure_lines(status), totals, drawn)
 
@@ -117,7 +117,9 @@ def _until(when: float, now: float) -> str:
     return f"{moment(when, now)} ({'in ' + span(when - now) if when > now else 'now'})"
 
 
-def _row(attempt: Attempt, open_means: str) -> tuple[str, str, str, str, str]:
+def _row(attempt: Attempt, status: Status) -> tuple[str, str, str, str, str]:
     seconds = f"{attempt.closed - attempt.opened:.1f}" if attempt.closed else ""
     steps = f"{attempt.first_step}-{attempt.last_step}" if attempt.first_step is not None else "none"
-    return str(attempt.number), seconds, steps, attempt.cause or open_means, attempt.detail
+    if attempt.cause is None and status.state == "running" and status.steps_per_s is not None:
+        steps = f"to {status.step}"
+    return str(attempt.number), seconds, steps, attempt.cause or ("lost" if status.over else "running"), attempt.detail
