@@ -8,7 +8,7 @@ from hpc_ds.cluster.shell import Completed
 from hpc_ds.errors import CommandError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from hpc_ds.cluster.scheduler import JobState
@@ -61,6 +61,7 @@ class FakeScheduler:
         self._failures = failures
         self.requests: list[str] = []
         self.shown: list[str] = []
+        self.down: set[str] = set()
 
     def show(self, job_id: str) -> JobState | None:
         self.shown.append(job_id)
@@ -69,8 +70,8 @@ class FakeScheduler:
             raise state
         return state
 
-    def submit(self, run: RunDir) -> str:
-        self._request("submit", run.root.name)
+    def submit(self, run: RunDir, after: str | None = None, exclude: Sequence[str] = ()) -> str:
+        self._request("submit", " ".join([run.root.name, *([f"after {after}"] if after else []), *exclude]))
         return "1"
 
     def cancel(self, job_id: str) -> None:
@@ -84,6 +85,15 @@ class FakeScheduler:
 
     def hold(self, job_id: str) -> None:
         self._request("hold", job_id)
+
+    def exclude(self, job_id: str, nodes: Sequence[str]) -> None:
+        self._request("exclude", " ".join([job_id, *nodes]))
+
+    def kill_wait_s(self) -> float:
+        return 8.0
+
+    def is_down(self, node: str) -> bool:
+        return node in self.down
 
     def release(self, job_id: str) -> None:
         self._request("release", job_id)

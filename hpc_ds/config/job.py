@@ -107,6 +107,8 @@ class Resources(Model):
     @classmethod
     def _option_names(cls, options: dict[str, Any]) -> dict[str, Any]:
         check_option_names(options)
+        if options.get("array"):
+            raise ValueError("array: its tasks would share one run folder; submit a run for each of them")
         return options
 
     @property
@@ -169,7 +171,14 @@ class Restart(Model):
         "auto", description="seconds before the time limit at which ranks are told to save"
     )
     max_crashes: Annotated[int, Field(ge=0)] = 3
+    max_hangs: Annotated[int, Field(ge=0)] = 3
     max_restarts: Annotated[int, Field(ge=0)] | None = None
+    hang_minutes: Minutes | None = Field(
+        30.0, description="without any progress for so long a run counts as hung; null: it is never looked at"
+    )
+    max_excluded_nodes: Annotated[int, Field(ge=0)] = Field(
+        3, description="how many nodes that failed twice are no longer asked for"
+    )
 
 
 class JobConfig(Model):
@@ -190,6 +199,7 @@ class JobConfig(Model):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     restart: Restart = Field(default_factory=Restart)
     launcher: Literal["srun"] = "srun"
+    steps: Positive | None = Field(None, description="how many steps the run takes in all; for the ETA only")
 
     @field_validator("name")
     @classmethod

@@ -16,6 +16,7 @@ from hpc_ds.checkpoint.commit import Run
 from hpc_ds.engine import state as train_state
 from hpc_ds.engine.save_cost import SaveCost
 from hpc_ds.errors import CheckpointError
+from hpc_ds.runtime.progress import during, progress
 from hpc_ds.runtime.roll_call import roll_call
 from hpc_ds.version import __version__
 
@@ -59,6 +60,7 @@ class Checkpoints:
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
 
+    @during("saving")
     def save(
         self,
         save_dir: str | Path | None = None,
@@ -77,6 +79,7 @@ class Checkpoints:
         self._save_now(self._folder_for(save_dir), tag, content, save_latest=save_latest)
         self._client_state = client
 
+    @during("saving")
     def save_by_itself(self, *, behind: bool) -> None:
         """Save for the run, where it saves; behind the training, it is under way on return.
 
@@ -108,7 +111,8 @@ class Checkpoints:
 
     def _saved(self, step: int, tag: str, seconds: float) -> None:
         self.cost.durable_s = seconds
-        self._engine.record("saved", step=step, tag=tag, seconds=round(seconds, 3))
+        stall_s = seconds if self.cost.stall_s is None else self.cost.stall_s
+        self._engine.record("saved", step=step, tag=tag, seconds=round(seconds, 3), stall_s=round(stall_s, 3))
 
     def running(self) -> bool:
         """Whether a save is being written behind the training, as far as this rank knows."""
@@ -137,6 +141,7 @@ class Checkpoints:
         progress = self._background.progress()
         return 0.0 if progress is None else progress.seconds + self.remaining_s()
 
+    @during("saving")
     def wait(self) -> None:
         """Wait until the save behind the training is durable.
 
@@ -208,6 +213,7 @@ class Checkpoints:
             run=Run() if run is None else Run(str(run.files.root), run.attempt),
         )
 
+    @during("loading")
     def load(
         self,
         load_dir: str | Path | None,
@@ -220,6 +226,7 @@ class Checkpoints:
     ) -> tuple[str | None, dict[str, Any]]:
         """Load the newest whole checkpoint, or the one named; see ``Engine.load_checkpoint``."""
         roll_call("load_checkpoint")
+        began = time.monotonic()
         self.settle()
         engine = self._engine
         folder = self._folder_to_load(load_dir, module_only=module_only)
@@ -249,7 +256,8 @@ class Checkpoints:
             if loaded.rank_state is not None:
                 train_state.restore_random_states(loaded.rank_state)
             self._watch.resumed(engine.global_samples)
-        engine.record("resumed", step=engine.global_steps, tag=loaded.stored.saved.tag)
+        seconds = round(time.monotonic() - began, 3)
+        engine.record("resumed", step=engine.global_steps, tag=loaded.stored.saved.tag, seconds=seconds)
         return str(loaded.stored.path), client["client"]
 
     def _folder_to_load(self, given: str | Path | None, *, module_only: bool) -> Path:
@@ -292,7 +300,7 @@ class Checkpoints:
 
     def _take_up(self, plain: dict[str, Any], client: dict[str, Any], *, optimizer_states: bool) -> None:
         engine, loader = self._engine, self._engine.training_dataloader
-        engine.global_steps = plain["global_steps"]
+        engine.global_steps = progress.step = plain["global_steps"]
         engine.global_samples = plain["global_samples"]
         engine.skipped_steps = plain["skipped_steps"]
         # The accumulation may be another at this world size; a step is whole whenever one is saved by the engine.

@@ -6,31 +6,16 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.report.status import OVER, status_of
-from hpc_ds.run_dir import read_lines
+from hpc_ds.tail import Tail
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from hpc_ds.run_dir import RunDir
 
 _LOOK_EVERY_S = 0.3
 _ASK_EVERY_S = 2.0
 _STEP_LINE_EVERY_S = 2.0
-
-
-class Tail:
-    """The lines of a JSON-lines file that came since the last look."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._seen = 0
-
-    def new(self) -> list[dict[str, Any]]:
-        """What came since the last call."""
-        lines = read_lines(self._path)
-        fresh, self._seen = lines[self._seen :], max(len(lines), self._seen)
-        return fresh
 
 
 def follow(run: RunDir) -> Iterator[str]:

@@ -64,7 +64,7 @@ def status_of(run: RunDir) -> Status:
         reason=reason,
         step=steps[-1]["step"] if steps else None,
         loss=_finite(steps[-1]["loss"]) if steps else None,
-        saved_step=saved_step(run, events),
+        saved_step=saved_step(run),
         steps_lost=steps_lost(events),
         attempts=attempts,
     )

@@ -38,6 +38,25 @@ def submit(job: JobConfig, site: SiteConfig, runs: Path) -> tuple[RunDir, str]:
         RunError: no folder can be made in ``runs``.
         SubmitError: the scheduler refused the job. The folder is removed again.
     """
+    run = prepare(job, site, runs)
+    try:
+        job_id = queue(run, site)
+    except SubmitError:
+        shutil.rmtree(run.root, ignore_errors=True)
+        raise
+    except SchedulerError as error:  # the job may be queued, and would need its folder
+        raise SchedulerError(f"{error}; its run folder {str(run.root)!r} is kept") from error
+    run.remember()
+    return run, job_id
+
+
+def prepare(job: JobConfig, site: SiteConfig, runs: Path) -> RunDir:
+    """Make the run folder of a job, with everything in it but a queued job.
+
+    Raises:
+        ConfigError: the job does not fit the site or this shell.
+        RunError: no folder can be made in ``runs``.
+    """
     variables = environment_file(job, site, dict(os.environ))
     run = RunDir.create(runs, job.name)
     try:
@@ -52,24 +71,23 @@ def submit(job: JobConfig, site: SiteConfig, runs: Path) -> tuple[RunDir, str]:
             words = error.strerror if isinstance(error, OSError) else "its path is not UTF-8 text"
             raise RunError(f"run folder {str(run.root)!r}: cannot be written: {words}; choose another") from None
         raise
-    try:
-        job_id = queue(run, site)
-    except SubmitError:
-        shutil.rmtree(run.root, ignore_errors=True)
-        raise
-    except SchedulerError as error:  # the job may be queued, and would need its folder
-        raise SchedulerError(f"{error}; its run folder {str(run.root)!r} is kept") from error
-    run.remember()
-    return run, job_id
+    return run
 
 
 def queue(run: RunDir, site: SiteConfig) -> str:
     """Hand the script of a run to its scheduler and write down the job id; also for a run that goes on."""
-    before = read_object(run.job)
     job_id = scheduler_named(site.scheduler, run).submit(run)
-    earlier = [*before.get("earlier", []), before["job_id"]] if before else []
-    write_json(run.job, {"job_id": job_id, "site": site.name, "submitted": time.time(), "earlier": earlier})
+    note_job(run, site, job_id)
     return job_id
+
+
+def note_job(run: RunDir, site: SiteConfig, job_id: str) -> None:
+    """Write down which job a run is now, and which it was before. Submitter and job both do: the first one counts."""
+    before = read_object(run.job)
+    if before.get("job_id") == job_id:
+        return
+    earlier = [*before.get("earlier", []), before["job_id"]] if before.get("job_id") else []
+    write_json(run.job, {"job_id": job_id, "site": site.name, "submitted": time.time(), "earlier": earlier})
 
 
 def _provenance(job: JobConfig) -> dict[str, Any]:

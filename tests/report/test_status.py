@@ -12,7 +12,7 @@ from fakes import fake_program
 
 from hpc_ds.cluster import process
 from hpc_ds.cluster.scheduler import JobState
-from hpc_ds.report.follow import Tail, follow
+from hpc_ds.report.follow import follow
 from hpc_ds.report.status import OVER, status_of, steps_lost
 from hpc_ds.report.summary import losses, summary
 from hpc_ds.run_dir import RunDir, append_line, write_json
@@ -222,20 +222,6 @@ def test_a_run_that_diverged_has_a_summary_too(loss: float, run: RunDir) -> None
 def test_a_run_without_a_step_has_a_summary_too(run: RunDir) -> None:
     attempts(run, HELD)
     assert (summary(run).totals, summary(run).curve) == ("", [])
-
-
-def test_a_tail_hands_out_each_line_once(tmp_path: Path) -> None:
-    tail = Tail(tmp_path / "events.jsonl")
-    assert tail.new() == []
-    append_line(tmp_path / "events.jsonl", {"a": 1})
-    assert tail.new() == [{"a": 1}]
-    assert tail.new() == []
-    with (tmp_path / "events.jsonl").open("ab") as file:
-        file.write(b'{"a": ')
-    assert tail.new() == []
-    with (tmp_path / "events.jsonl").open("ab") as file:
-        file.write(b"2}\n")
-    assert tail.new() == [{"a": 2}]
 
 
 def test_a_run_that_is_over_is_told_to_its_end(run: RunDir) -> None:
