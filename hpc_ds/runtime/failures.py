@@ -10,6 +10,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
+from hpc_ds.cluster.process import node_name
 from hpc_ds.run_dir import write_json
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class _Told:
         lines = "".join(told.format()).splitlines()
         failure = {
             "rank": self.rank,
-            "host": os.uname().nodename,
+            "host": node_name(),
             "time": at,
             "type": told.exc_type.__name__ if told.exc_type is not None else "",
             "message": str(told)[:_LONGEST_MESSAGE],

@@ -94,9 +94,7 @@ def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
         dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
     else:
         found = rank_from_environment(os.environ) or Rank(0, 0, 1, 1, "single")
-        preemption.attend(
-            found.rank, found.world_size
-        )  # now: also a rank that waits for the others gives signs of life
+        preemption.attend(found.rank, found.world_size)  # a rank that waits for the others gives signs of life too
         me = _join(found, backend, timeout, distributed_port or 0, auto_mpi_discovery)
     os.environ.update(RANK=str(me.rank), LOCAL_RANK=str(me.local_rank), WORLD_SIZE=str(me.world_size))
     if torch.cuda.is_available():

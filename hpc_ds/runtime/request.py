@@ -123,7 +123,9 @@ class Request:
             self.by = signal.Signals(number).name
             return
         if ends_now and self._may_wait:
-            self._may_wait, self.by = False, "SIGTERM"
+            if self._looked_at > -math.inf:  # training went on after the warning, so this is what ends it
+                self.by = "SIGTERM"
+            self._may_wait = False
         self._killed_at = self._killed_at or killed_at
 
     def is_due(self) -> bool:

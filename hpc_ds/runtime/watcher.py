@@ -26,6 +26,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from hpc_ds.cluster.process import node_name
 from hpc_ds.runtime.main_thread import MainThread
 from hpc_ds.runtime.progress import mark, progress
 
@@ -76,7 +77,7 @@ class Watcher:
         self._attempt = attempt
         self._told = told
         self._every_s = min(max(BEAT_EVERY_S, world_size / _RANKS_A_SECOND), _LONGEST_BEAT_S)
-        self._host = os.uname().nodename
+        self._host = node_name()
         self._count = 0
         self._said: str | None = None  # what told this rank, as the last beat had it
         self._beat_at = 0.0
@@ -137,8 +138,9 @@ class Watcher:
         """Wait for a signal, or until it is time for something."""
         wait_s = min(self._beat_at - time.monotonic(), BEAT_EVERY_S if self._told.by is None else _LOOK_EVERY_S)
         if select.select([self._reader], [], [], max(wait_s, 0.0))[0]:
-            for number in set(os.read(self._reader, BEAT_BYTES)) & self._told.signals:
-                self._told.hear(number)
+            for number in os.read(self._reader, BEAT_BYTES):
+                if number in self._told.signals:
+                    self._told.hear(number)
 
     def _beat(self, now: float) -> None:
         """Write where this rank is: in place and at once, so that a reader sees the old line or the new one, or half of one."""
@@ -191,4 +193,4 @@ class Watcher:
             )
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-            file.write("\n")
+            file.write("end of the stacks\n\n")

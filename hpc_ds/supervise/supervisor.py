@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.cluster.connect import scheduler_named
+from hpc_ds.cluster.process import node_name
 from hpc_ds.config.job import python_of
 from hpc_ds.config.load import load_resolved, load_site
 from hpc_ds.errors import NodeListError, RefusedError, RunError
@@ -30,6 +31,8 @@ from hpc_ds.supervise.talk import Talk, say
 from hpc_ds.supervise.watch import WAKE, Watch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hpc_ds.cluster.scheduler import JobState, Scheduler
     from hpc_ds.config.job import JobConfig
     from hpc_ds.config.site import SiteConfig
@@ -93,10 +96,14 @@ class Supervisor:
         watch.begin(at_start, _end_in_environment(), self._node_names(attempt.nodes), read_ledger(self._run)[:-1])
         say(f"attempt {attempt.number} of {self._job.name}, job {self._job_id}, on {attempt.nodes or 'this machine'}")
         runner = self._runner(attempt.number)
-        exit_code = self._run_ranks(runner, watch)
         restarts = at_start.restarts if at_start is not None else int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        ended = self._ended(exit_code, runner, watch, restarts)
-        closed = self._close(attempt, ended, runner, watch, progress)
+
+        def close(exit_code: int) -> tuple[Attempt, Ended]:
+            ended = self._ended(exit_code, runner, watch, restarts)
+            return self._close(attempt, ended, runner, watch, progress), ended
+
+        exit_code = self._run_ranks(runner, watch, lambda: close(128 + signal.SIGKILL))
+        closed, ended = close(exit_code)
         self._act(closed, ended)
         return 0 if closed.cause == "finished" else exit_code
 
@@ -118,9 +125,8 @@ class Supervisor:
             return []
 
     def _open(self, at_start: JobState | None) -> Attempt:
-        host = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
         nodes = at_start.nodes if at_start is not None else os.environ.get("SLURM_JOB_NODELIST", "")
-        return open_attempt(self._run, self._job_id, host, nodes, is_down=self._talk.is_down)
+        return open_attempt(self._run, self._job_id, node_name(), nodes, is_down=self._talk.is_down)
 
     def _ended(self, exit_code: int, runner: Runner, watch: Watch, restarts: int) -> Ended:
         told = watch.told if watch.told is not None and watch.told.state != "RUNNING" else None
@@ -191,15 +197,15 @@ class Supervisor:
             return [*self._job.command, *self._job.args]
         return [python_of(self._job), "-u", str(self._job.script), *self._job.args]
 
-    def _run_ranks(self, runner: Runner, watch: Watch) -> int:
+    def _run_ranks(self, runner: Runner, watch: Watch, close_early: Callable[[], object]) -> int:
         try:
             os.chdir(self._job.workdir or ".")  # ranks start there; this process started where no module is shadowed
             runner.start()
         except OSError as error:
             words = f"{error.strerror}: {error.filename}"
-            runner.failure = Failure(None, os.uname().nodename, 127, f"cannot be started: {words}", [])
+            runner.failure = Failure(None, node_name(), 127, f"cannot be started: {words}", [])
             return 127
-        return watch.until_ended(runner)
+        return watch.until_ended(runner, close_early)
 
     def _act(self, attempt: Attempt, ended: Ended) -> None:
         """Let the run start again, or be held, and say so when that was seen."""

@@ -12,7 +12,7 @@ from hpc_ds.supervise.hang import Hang, HangWatch, read_beat
 from hpc_ds.supervise.talk import say
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from hpc_ds.cluster.scheduler import JobState
     from hpc_ds.config.job import JobConfig
@@ -31,6 +31,7 @@ _NODES_EVERY_S = 4.0
 _LOST_NODE_S = 120.0
 _DUMP_S = 6.0
 _DUMP_SHARE = 0.15  # of KillWait, where that runs
+_OURS_TO_REQUEUE = {"TIMEOUT", "PREEMPTED"}
 _TO_REQUEUE_S, _TO_REQUEUE_SHARE = 4.0, 0.3  # of KillWait
 
 
@@ -59,6 +60,8 @@ class Watch:
         self._kill_wait_s = 0.0
         self._terminated_at = 0.0
         self._failed_at = 0.0
+        self._last_call = False
+        self._restarts = 0
         self._nodes: list[str] = []
         self._earlier: Sequence[Attempt] = ()
         self.told: JobState | None = None
@@ -85,13 +88,20 @@ class Watch:
             earlier: the attempts before, which have measured what a step and a save take.
         """
         self._nodes = list(nodes)
+        self._restarts = job.restarts if job is not None else 0
         self._earlier = earlier[-3:]
         self._learn()
         self._deadline.ends_at(job.end_time if job is not None else end_time)
         self._kill_wait_s = self._talk.kill_wait_s()
 
-    def until_ended(self, runner: Runner) -> int:
-        """Wait for all ranks; returns their exit code."""
+    def until_ended(self, runner: Runner, close_early: Callable[[], object]) -> int:
+        """Wait for all ranks; returns their exit code.
+
+        Args:
+            runner: of the ranks.
+            close_early: writes the ledger as if they had ended now: they may outlive this process.
+        """
+        self._close_early = close_early
         now = time.monotonic()
         self._due = {
             "ask": now + _ASK_EVERY_S,
@@ -120,10 +130,29 @@ class Watch:
             self._look_for_hang(runner)
         if runner.ends and not self.terminated and self._is_due("nodes", _NODES_EVERY_S):
             self._look_for_lost_node(runner)
-        if self.terminated and not self.overdue and time.monotonic() > self._terminated_at + self._patience_s():
+        if self.terminated and not self._last_call and time.monotonic() > self._terminated_at + self._patience_s():
+            self._last_call = True
+            self._before_the_kill(runner)
+
+    def _before_the_kill(self, runner: Runner) -> None:
+        """The ranks have not stopped, and everything is about to be killed, this process too.
+
+        Where it is for us to queue the run again the ranks are ended while there is time for that. Else they are left their
+        last seconds, and only the ledger is written.
+        """
+        if self._ours_to_requeue():
             self.overdue = True
             say("the ranks have not stopped and the job is about to be killed: they are ended")
             self._dump(runner)
+        else:
+            self._close_early()
+
+    def _ours_to_requeue(self) -> bool:
+        """Whether the run ends for good unless we queue it again: not after a cancel, nor where the scheduler does it."""
+        told = self.told
+        if told is None or told.restarts != self._restarts:
+            return False
+        return told.preempting or told.reason == "TimeLimit" or told.state in _OURS_TO_REQUEUE
 
     def _is_due(self, what: str, every_s: float) -> bool:
         now = time.monotonic()
@@ -142,7 +171,8 @@ class Watch:
             self.told = self._talk.show()
         if not self.terminated and (self.told is None or self.told.state != "RUNNING"):
             self.terminated, self._terminated_at = True, time.monotonic()
-            self._deadline.ends_at(time.time() + self._patience_s(), final=True)
+            left_s = self._patience_s() if self._ours_to_requeue() else self._kill_wait_s
+            self._deadline.ends_at(time.time() + left_s, final=True)
 
     def _listen_to_rank_0(self) -> None:
         """A preemption with grace tells only the ranks: ask the scheduler at once until when they have time."""
