@@ -24,8 +24,12 @@ _HOME = {
     "submit": "hpc_ds.cluster.callables",
 }
 
-# What scripts use as a module of its own: hpc_ds.zero.GatheredParameters, hpc_ds.checkpointing.checkpoint.
-_MODULES = {"checkpointing": "hpc_ds.checkpointing", "zero": "hpc_ds.zero"}
+# What scripts use as a module of its own: hpc_ds.zero.GatheredParameters, hpc_ds.preemption.requested.
+_MODULES = {
+    "checkpointing": "hpc_ds.checkpointing",
+    "preemption": "hpc_ds.runtime.preemption",
+    "zero": "hpc_ds.zero",
+}
 
 __all__ = [
     "CheckpointError",
@@ -40,6 +44,7 @@ __all__ = [
     "checkpointing",
     "init_distributed",
     "initialize",
+    "preemption",
     "submit",
     "zero",
 ]
@@ -50,6 +55,7 @@ if TYPE_CHECKING:
     from hpc_ds.engine.engine import Engine
     from hpc_ds.engine.initialize import add_config_arguments, initialize
     from hpc_ds.errors import CheckpointError, ConfigError, DivergedError, HpcdsError, RankError
+    from hpc_ds.runtime import preemption
     from hpc_ds.runtime.preemption import Preempted
     from hpc_ds.runtime.process_group import init_distributed
 

@@ -9,7 +9,9 @@ HpcdsError                 1
 ├── RankError              2   environment variables that do not say which rank this is
 ├── SchedulerError         3   what a scheduler said, or did not
 │   ├── CommandError       3   a program that could not be run, failed, or took too long
-│   │   └── NoAnswerError  3   it took too long: what it was asked for may have happened
+│   │   ├── NoAnswerError  3   it took too long: what it was asked for may have happened
+│   │   └── NoProgramError 3   there is no such program here
+│   ├── RefusedError       3   a scheduler that said no, and would say so again
 │   ├── SubmitError        3   a job that the scheduler refused
 │   └── ParseError         3   output of a scheduler that we do not understand
 ├── CheckpointError        4   a checkpoint that could not be written or read
@@ -107,6 +109,14 @@ class CommandError(SchedulerError):
 
 class NoAnswerError(CommandError):
     """A program was stopped by its time limit; what it was asked for may have happened."""
+
+
+class NoProgramError(CommandError):
+    """There is no such program on PATH, as in a container without Slurm's clients."""
+
+
+class RefusedError(SchedulerError):
+    """The scheduler said no to a request, and would say so again."""
 
 
 class SubmitError(SchedulerError):

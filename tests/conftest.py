@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+from slurm_accounting import PROGRAMS as ACCOUNTING_PROGRAMS
 from slurm_cluster import PROGRAMS, SlurmCluster, missing_programs
 
 if TYPE_CHECKING:
@@ -29,12 +30,17 @@ FOREIGN_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker, programs in NEEDED_PROGRAMS.items():
-        missing = missing_programs(*programs) if item.get_closest_marker(marker) else []
-        if missing:
-            reason = f"{', '.join(missing)}: not installed; run tests/install_system_packages.sh"
-            if os.environ.get("HPCDS_REQUIRE_SLURM") == "1":
-                pytest.fail(f"{reason} (HPCDS_REQUIRE_SLURM=1)", pytrace=False)
-            pytest.skip(reason)
+        if item.get_closest_marker(marker):
+            _need(*programs)
+
+
+def _need(*programs: str) -> None:
+    """Skip, or fail where nothing may be skipped, unless all are installed."""
+    if missing := missing_programs(*programs):
+        reason = f"{', '.join(missing)}: not installed; run tests/install_system_packages.sh"
+        if os.environ.get("HPCDS_REQUIRE_SLURM") == "1":
+            pytest.fail(f"{reason} (HPCDS_REQUIRE_SLURM=1)", pytrace=False)
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +54,14 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     """One real Slurm for the session; each test finds it without jobs and with every node idle."""
     with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def accounting_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """A small Slurm whose sacct answers; `SlurmCluster.stop` raises if its database is not gone with it."""
+    _need(*ACCOUNTING_PROGRAMS)
+    with SlurmCluster(tmp_path_factory.mktemp("accounting"), nodes=2, accounting=True) as cluster:
         yield cluster
 
 

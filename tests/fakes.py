@@ -61,6 +61,7 @@ class FakeScheduler:
         self._failures = failures
         self.requests: list[str] = []
         self.shown: list[str] = []
+        self.down: set[str] = set()
 
     def show(self, job_id: str) -> JobState | None:
         self.shown.append(job_id)
@@ -73,8 +74,8 @@ class FakeScheduler:
         shown = {job_id: self.show(job_id) for job_id in job_ids}
         return {job_id: state for job_id, state in shown.items() if state is not None}
 
-    def submit(self, run: RunDir) -> str:
-        self._request("submit", run.root.name)
+    def submit(self, run: RunDir, after: str | None = None, exclude: Sequence[str] = ()) -> str:
+        self._request("submit", " ".join([run.root.name, *([f"after {after}"] if after else []), *exclude]))
         return "1"
 
     def cancel(self, job_id: str) -> None:
@@ -88,6 +89,15 @@ class FakeScheduler:
 
     def hold(self, job_id: str) -> None:
         self._request("hold", job_id)
+
+    def exclude(self, job_id: str, nodes: Sequence[str]) -> None:
+        self._request("exclude", " ".join([job_id, *nodes]))
+
+    def kill_wait_s(self) -> float:
+        return 8.0
+
+    def is_down(self, node: str) -> bool:
+        return node in self.down
 
     def release(self, job_id: str) -> None:
         self._request("release", job_id)

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Install what the tests need beyond Python, from Debian's or Ubuntu's packages: a real Slurm, and Open MPI.
+# Install what the tests need beyond Python, from Debian's or Ubuntu's packages: a real Slurm, with the database behind
+# sacct, and Open MPI.
 # Where that is not possible it says so and exits 0; the tests then skip, or fail under HPCDS_REQUIRE_SLURM=1.
 set -uo pipefail
 export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 
 # openmpi-bin also brings the libraries that mpi4py and srun --mpi=pmix load.
-declare -A programs_of=([slurm-wlm]="slurmctld slurmd sbatch srun" [munge]="munged" [openmpi-bin]="mpirun")
+declare -A programs_of=([slurm-wlm]="slurmctld slurmd sbatch srun" [munge]="munged" [openmpi-bin]="mpirun"
+    [mariadb-server]="mariadbd mariadb-install-db" [slurmdbd]="slurmdbd")
 
 missing=()
-for package in slurm-wlm munge openmpi-bin; do
+for package in slurm-wlm munge openmpi-bin mariadb-server slurmdbd; do
     for program in ${programs_of[$package]}; do
         command -v "$program" >/dev/null || { missing+=("$package"); break; }
     done

@@ -11,6 +11,8 @@ on 127.0.0.1 (``slurmd -N n1``), and jobs are really scheduled, signalled, preem
   ``urgent``: preempts the other two. Whole nodes are taken with ``--exclusive``.
 - *Fast.* A requeued job waits for the life of its credential plus a second; ``cred_expire=5`` is the least that Slurm
   takes, so it runs again after 6 s instead of 121 s. Both schedulers look every second.
+- *Accounting* only where asked for (``accounting=True``): MariaDB and slurmdbd in the same folder, so that sacct answers.
+  Without it the cluster is one of those whose sacct says "Slurm accounting storage is disabled".
 - *Nothing is left behind.* Each process of a cluster names a file of its folder in command line or environment, or
   descends from one that does; `SlurmCluster.stop` ends them all and proves it. Should this process die without it (a
   kill, a timeout of pytest), a reaper does it instead, which waits for the end of a pipe from here.
@@ -36,6 +38,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from slurm_accounting import ACCOUNT, Accounting, user_name
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -45,7 +49,7 @@ T = TypeVar("T")
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "sinfo", "scancel", "scontrol")
 
-DAEMONS = ("munged", "slurmctld", "slurmscriptd", "slurmd", "slurmstepd")
+DAEMONS = ("munged", "slurmctld", "slurmscriptd", "slurmd", "slurmstepd", "slurmdbd", "mariadbd")
 
 # What a job or a launcher leaves in the environment, and what changes the defaults of Slurm's commands.
 FOREIGN_PREFIXES = ("SLURM", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_", "PMI")
@@ -98,12 +102,14 @@ class SlurmCluster:
         nodes: int = 4,
         gpus_per_node: int = 2,
         cpus_per_node: int = 4,
+        accounting: bool = False,  # with MariaDB and slurmdbd
         settings: Mapping[str, str] | None = None,  # lines of slurm.conf that replace or join SETTINGS
     ) -> None:
         self.node_names = [f"n{index}" for index in range(1, nodes + 1)]
         self._gpus_per_node = gpus_per_node
         self._cpus_per_node = cpus_per_node
         self._settings = {**SETTINGS, **(settings or {})}
+        self._with_accounting = accounting
         self._given_folder = folder
         self.folder = folder
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -150,6 +156,8 @@ class SlurmCluster:
         self._start_reaper()
         try:
             self._start_munged()
+            if self._with_accounting:
+                self._start_accounting()
             self._write_configuration()  # finds free ports: the less between this and the daemons, the better
             self._start_daemon("slurmctld", "-D", "-f", str(self.conf))
             for node in self.node_names:
@@ -271,6 +279,17 @@ class SlurmCluster:
         usable = ("idle", "mixed", "allocated", "completing")  # one that does not answer yet has an asterisk
         self._wait_up(lambda: self._node_states().get(node) in usable, 30, f"node {node} back")
 
+    def stop_slurmctld(self) -> None:
+        """End the controller in order, as for an upgrade: jobs and steps run on, and Slurm's commands find nobody."""
+        daemon = self._daemons.pop("slurmctld")
+        daemon.terminate()
+        daemon.wait(timeout=60)
+
+    def start_slurmctld(self) -> None:
+        """Start the controller again; return when it answers. It knows its jobs from ``StateSaveLocation``."""
+        self._start_daemon("slurmctld", "-D", "-f", str(self.conf))
+        self._wait_up(lambda: bool(self._node_states()), 60, "slurmctld back")
+
     def cancel_all(self, timeout_s: float = 30) -> None:
         """End every job now, and wait until the queue is empty.
 
@@ -288,7 +307,9 @@ class SlurmCluster:
         self.wait_for(queue_empty, timeout_s, "an empty queue")
 
     def reset(self) -> None:
-        """Make it as new for the next test: no jobs, every slurmd there, every node idle."""
+        """Make it as new for the next test: no jobs, every daemon there, every node idle."""
+        if "slurmctld" not in self._daemons:
+            self.start_slurmctld()
         self.cancel_all()
         for node in self.node_names:
             if node not in self._daemons:
@@ -357,6 +378,20 @@ class SlurmCluster:
         )
         self._wait_up(sock.exists, 20, "munged's socket")
 
+    def _start_accounting(self) -> None:
+        accounting = Accounting(self.folder, *free_ports(2))
+        self._settings |= accounting.settings
+        accounting.prepare(self.env)
+        self._start_daemon("mariadbd", *accounting.database(self.env)[1:])
+        self._wait_up(accounting.database_is_up, 60, "the database")
+        self._write_configuration()  # its clients read slurm.conf; slurmctld gets ports of its own later
+        self._start_daemon("slurmdbd", "-D")
+        self._wait_up(accounting.slurmdbd_is_up, 60, "slurmdbd")
+        cluster = self._settings["ClusterName"]
+        account, user = ("account", ACCOUNT, f"Cluster={cluster}"), ("user", user_name(), f"Account={ACCOUNT}")
+        for words in (("cluster", cluster), account, user):
+            self.run("sacctmgr", "-i", "add", *words)
+
     def _start_slurmd(self, node: str) -> None:
         # slurmstepd inherits the variable, and so `kill_node` knows its processes.
         self._start_daemon(node, "-D", "-N", node, "-f", str(self.conf), SLURMD_NODENAME=node)
@@ -378,15 +413,16 @@ class SlurmCluster:
             )
 
     def _end_daemons(self) -> None:
-        munged = self._daemons.pop("munged", None)
-        for daemon in self._daemons.values():
-            daemon.terminate()
-        for daemon in [*self._daemons.values(), *([munged] if munged else [])]:
-            if daemon is munged:
-                munged.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                daemon.wait(timeout=5)
-        self._daemons.clear()
+        """Those that need another one end before it."""
+        last = [name for name in ("slurmdbd", "mariadbd", "munged") if name in self._daemons]
+        together = [name for name in self._daemons if name not in last]
+        for names in (together, *([name] for name in last)):
+            daemons = [self._daemons.pop(name) for name in names]
+            for daemon in daemons:
+                daemon.terminate()
+            for daemon in daemons:
+                with suppress(subprocess.TimeoutExpired):
+                    daemon.wait(timeout=5)
 
     def _wait_up(self, predicate: Callable[[], bool], timeout_s: float, what: str) -> None:
         end = time.monotonic() + timeout_s

@@ -15,6 +15,7 @@ from whole_runs import GPT, SMALL, Run, Runs, wait_until
 pytestmark = pytest.mark.local
 
 STEPS = 120  # enough that a command of a second finds it running
+OWN_LOOP = GPT.parent.parent / "own_loop" / "job.json"
 TWO_RANKS = ("--tasks-per-node", "2")
 
 
@@ -134,3 +135,19 @@ def test_following_shows_the_story_and_ends_with_the_run(runs: Runs) -> None:
     assert time.monotonic() - began < 120
     for words in ("attempt 1 begins", "saved step 5", "gpt: finished", "5 steps, 0 lost", "run folder"):
         assert words in done.stdout
+
+
+def test_a_loop_without_the_engine_saves_itself_when_it_is_preempted(runs: Runs) -> None:
+    run = runs.submit(OWN_LOOP, "--site", "local", args=("--steps", "200", "--pause", "0.1"))
+    run.wait_for_step(10)
+    runs.hpcds("preempt", str(run.folder))
+    status = run.wait_until_over()
+    assert causes(run) == ["preempted", "finished"], run.story()
+    assert [attempt["exit_code"] for attempt in status["attempts"]] == [75, 0]
+    steps = [step["step"] for step in run.steps()]
+    assert steps == list(range(1, 201)), "a step was lost, or taken twice"
+    first = status["attempts"][0]
+    assert first["saved_step"] == first["last_step"]
+    assert (status["step"], status["saved_step"], status["steps_lost"]) == (200, 200, 0)
+    beats = [json.loads((run.folder / f"logs/attempt-2/beats/rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [(beat["step"], beat["phase"]) for beat in beats] == [(200, "finished")] * 2

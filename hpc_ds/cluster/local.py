@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from hpc_ds.cluster import process
 from hpc_ds.cluster.scheduler import JobState
 from hpc_ds.cluster.shell import outside_jobs
-from hpc_ds.errors import SchedulerError, SubmitError
+from hpc_ds.errors import RefusedError, SchedulerError, SubmitError
 from hpc_ds.run_dir import read_object, write_json
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class Local:
         self._state = run.local / "state.json"
         self._requests = run.local / "requests"
 
-    def submit(self, run: RunDir) -> str:
-        """Start the keeper of a job, detached from this terminal.
+    def submit(self, run: RunDir, after: str | None = None, exclude: Sequence[str] = ()) -> str:  # noqa: ARG002
+        """Start the keeper of a job, detached from this terminal; there is one node and nothing to wait for.
 
         Raises:
             SubmitError: the run has a live job already, or the keeper did not start.
@@ -107,6 +107,18 @@ class Local:
     def release(self, job_id: str) -> None:
         """Start a held job again: under a keeper of its own, with a job id of its own."""
         raise SchedulerError(f"job {job_id}: a held job of site local has no keeper to release it; submit it again")
+
+    def exclude(self, job_id: str, nodes: Sequence[str]) -> None:
+        """Refused: there is one node."""
+        raise RefusedError(f"job {job_id}: site local has one node, so {', '.join(nodes)} cannot be left out")
+
+    def kill_wait_s(self) -> float:
+        """The site's, as the run keeps it."""
+        return float(read_object(self._run.site).get("kill_wait_s", 30.0))
+
+    def is_down(self, node: str) -> bool:
+        """Never: this program runs on it."""
+        return node != os.uname().nodename
 
     def _request(self, job_id: str, action: str) -> None:
         data = read_object(self._state)

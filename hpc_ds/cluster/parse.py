@@ -14,6 +14,8 @@ _FIELD = re.compile(r"(?:^|\s)([A-Z][A-Za-z0-9/:_-]*)=")
 _DUE_TO = re.compile(r"\*\*\* STEP \S+ ON \S+ CANCELLED AT \S+ DUE TO (?P<why>[A-Z]+(?: [A-Z]+)*)")
 _TASK_END = re.compile(r"srun: error: (?P<host>\S+): tasks? (?P<tasks>[0-9,\[\]-]+): (?P<how>.+)")
 
+_LOST_NODE = re.compile(r"srun: error: Node failure on (?P<host>[^\s,\[]+)")
+
 
 def parse_job_id(text: str) -> str:
     """The job id that ``sbatch --parsable`` printed (``id`` or ``id;cluster``).
@@ -57,6 +59,8 @@ def parse_job(line: str) -> JobState:
         end_time=parse_time(fields.get("EndTime", "")),
         nodes=fields.get("NodeList", "").replace("(null)", ""),
         held=fields.get("Priority") == "0" and state in {"PENDING", "SPECIAL_EXIT", "REQUEUE_HOLD"},
+        may_requeue=fields.get("Requeue") != "0",
+        start_time=parse_time(fields.get("StartTime", "")),
     )
 
 
@@ -145,6 +149,12 @@ def parse_due_to(line: str) -> str | None:
     """Why Slurm ended a step, from ``... CANCELLED AT <time> DUE TO PREEMPTION ***``; None where it does not say."""
     match = _DUE_TO.search(line)
     return match["why"] if match else None
+
+
+def parse_lost_node(line: str) -> str | None:
+    """The node in ``srun: error: Node failure on n3``; None where no node is said to be lost."""
+    match = _LOST_NODE.match(line.strip())
+    return match["host"] if match else None
 
 
 def parse_task_end(line: str) -> tuple[str, int, str] | None:

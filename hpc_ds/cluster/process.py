@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
+def node_name() -> str:
+    """What the scheduler calls the machine that this process runs on."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
 def child_setup(die_with_parent: signal.Signals) -> Callable[[], None]:
     """What a child does between fork and exec: unblock all signals, and ask for one when its parent ends.
 

@@ -62,10 +62,13 @@ class JobState:
 
 
 class Scheduler(Protocol):
-    """A scheduler, as far as a run needs one. Every method raises SchedulerError when it cannot be done."""
+    """A scheduler, as far as a run needs one.
 
-    def submit(self, run: RunDir) -> str:
-        """Queue the script of a run; returns the job id."""
+    Every method raises SchedulerError when it cannot be done: RefusedError where asking again would not help.
+    """
+
+    def submit(self, run: RunDir, after: str | None = None, exclude: Sequence[str] = ()) -> str:
+        """Queue the script of a run, to start when job ``after`` has ended, on none of the nodes ``exclude``."""
 
     def show(self, job_id: str) -> JobState | None:
         """What it knows of a job; None when it knows no such job (any more)."""
@@ -84,6 +87,15 @@ class Scheduler(Protocol):
 
     def hold(self, job_id: str) -> None:
         """End this start of the job and queue it again, held until a person releases it."""
+
+    def exclude(self, job_id: str, nodes: Sequence[str]) -> None:
+        """Let a waiting job start on none of these nodes."""
+
+    def kill_wait_s(self) -> float:
+        """Seconds between the SIGTERM and the SIGKILL at the end of a job."""
+
+    def is_down(self, node: str) -> bool:
+        """Whether a node is known not to work."""
 
     def release(self, job_id: str) -> None:
         """Let a held job start."""

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from hpc_ds.errors import CommandError, NoAnswerError
+from hpc_ds.errors import CommandError, NoAnswerError, NoProgramError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,7 +52,7 @@ def run(command: list[str], *, timeout_s: float = 30.0, check: bool = True) -> C
         )
     except FileNotFoundError:
         message = f"{command[0]}: no such program on PATH; is this a machine of the cluster?"
-        raise CommandError(command, None, "", message) from None
+        raise NoProgramError(command, None, "", message) from None
     except subprocess.TimeoutExpired:
         message = f"{command[0]}: no answer in {timeout_s:g} s; is the scheduler up?"
         raise NoAnswerError(command, None, "", message) from None

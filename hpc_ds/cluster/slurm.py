@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from hpc_ds.cluster.parse import (
     ACCOUNT_FORMAT,
     QUEUE_FORMAT,
     parse_accounts,
+    parse_fields,
     parse_job,
     parse_job_id,
     parse_queue,
 )
 from hpc_ds.cluster.shell import Shell, run
-from hpc_ds.errors import CommandError, NoAnswerError, SchedulerError, SubmitError
+from hpc_ds.errors import CommandError, NoAnswerError, NoProgramError, RefusedError, SchedulerError, SubmitError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +24,15 @@ if TYPE_CHECKING:
     from hpc_ds.cluster.scheduler import JobState
     from hpc_ds.run_dir import RunDir
 
+# What Slurm's clients say when slurmctld is away or busy; any other answer is a decision.
+_FOR_NOW = re.compile(
+    r"unable to contact|timed out|connection refused|zero bytes|not connected|unexpected message|standby|try again"
+    r"|temporarily|communication|transport|resolve|no route|network is",
+    re.IGNORECASE,
+)
+_DEFAULT_KILL_WAIT_S = 30.0
+_IS_DOWN = re.compile(r"down|drain|fail|unk|.*\*")  # states of sinfo; an asterisk: it does not answer
+
 
 class Slurm:
     """The Slurm that the clients on this machine talk to."""
@@ -29,19 +40,23 @@ class Slurm:
     def __init__(self, shell: Shell = run) -> None:
         self._shell = shell
 
-    def submit(self, run: RunDir) -> str:
-        """Queue the script of a run.
+    def submit(self, run: RunDir, after: str | None = None, exclude: Sequence[str] = ()) -> str:
+        """Queue the script of a run, to start when job ``after`` has ended, on none of the nodes ``exclude``.
 
         Raises:
             SubmitError: there is no sbatch, or it refused the job; its words are in the message.
         """
         try:
-            answer = self._shell(["sbatch", "--parsable", str(run.script)], timeout_s=60.0)
+            options = [f"--dependency=afterany:{after}"] if after else []
+            options += [f"--exclude={','.join(exclude)}"] if exclude else []
+            answer = self._shell(["sbatch", "--parsable", *options, str(run.script)], timeout_s=60.0)
         except NoAnswerError as error:
             raise SchedulerError(f"{error}; the job may be queued all the same, look with squeue") from error
         except CommandError as error:
             if error.returncode is None:
                 raise SubmitError(str(error)) from error
+            if after and _FOR_NOW.search(error.stderr):
+                raise
             words = " ".join(error.stderr.replace("sbatch: error: ", "").split()) or "it said nothing"
             raise SubmitError(f"sbatch: refused the job: {words}; change the job or ask with --set") from error
         return parse_job_id(answer.stdout)
@@ -50,7 +65,7 @@ class Slurm:
         """What slurmctld knows of a job; it forgets ended ones after MinJobAge."""
         answer = self._shell(["scontrol", "show", "job", "-o", job_id], timeout_s=20.0, check=False)
         if answer.returncode != 0:
-            if "Invalid job id" in answer.stderr:
+            if "Invalid job id" in answer.stderr or "not found" in answer.stderr:
                 return None
             raise CommandError(["scontrol", "show", "job"], answer.returncode, answer.stderr)
         return parse_job(answer.stdout.strip().partition("\n")[0])
@@ -89,12 +104,66 @@ class Slurm:
 
     def requeue(self, job_id: str) -> None:
         """Queue the running job again."""
-        self._shell(["scontrol", "requeue", job_id])
+        self._ask(["scontrol", "requeue", job_id])
 
     def hold(self, job_id: str) -> None:
         """Queue the running job again, held, marked as ended in a special way."""
-        self._shell(["scontrol", "requeuehold", "State=SpecialExit", job_id])
+        self._ask(["scontrol", "requeuehold", "State=SpecialExit", job_id])
+
+    def exclude(self, job_id: str, nodes: Sequence[str]) -> None:
+        """Let a waiting job start on none of these nodes, where enough others are left.
+
+        Raises:
+            RefusedError: too few would be left: Slurm would take it and let the job wait for ever.
+        """
+        said = self._shell(["scontrol", "show", "job", "-o", job_id], timeout_s=20.0).stdout.partition("\n")[0]
+        fields = parse_fields(said.partition(" Command=")[0])
+        left = self._working_nodes(fields.get("Partition", "")) - set(nodes)
+        needed = int(re.match(r"\d*", fields.get("NumNodes", ""))[0] or 1)  # type: ignore[index] # it always matches
+        if len(left) < needed:
+            raise RefusedError(
+                f"job {job_id}: of its partition only {len(left)} nodes would be left, and it needs {needed}"
+            )
+        self._ask(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}"])
+
+    def _working_nodes(self, partition: str) -> set[str]:
+        command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T"]
+        lines = [line.split() for line in self._shell(command, timeout_s=20.0).stdout.splitlines()]
+        return {words[0] for words in lines if len(words) == 2 and not _IS_DOWN.match(words[1])}
 
     def release(self, job_id: str) -> None:
         """Let a held job start."""
         self._shell(["scontrol", "release", job_id])
+
+    def kill_wait_s(self) -> float:
+        """Slurm's KillWait; 30 s, its default, where nobody tells."""
+        try:
+            said = self._shell(["scontrol", "show", "config"], timeout_s=20.0).stdout
+        except SchedulerError:
+            return _DEFAULT_KILL_WAIT_S
+        match = re.search(r"^KillWait\s*=\s*(\d+)", said, re.MULTILINE)
+        return float(match[1]) if match else _DEFAULT_KILL_WAIT_S
+
+    def is_down(self, node: str) -> bool:
+        """Whether Slurm counts a node as down, or has no answer from it."""
+        try:
+            state = self._shell(["sinfo", "--noheader", "--nodes", node, "--format=%T"], timeout_s=20.0).stdout
+        except SchedulerError:
+            return False
+        return any(_IS_DOWN.match(word) for word in state.split())
+
+    def _ask(self, command: list[str]) -> None:
+        """Ask for something that Slurm may decline.
+
+        Raises:
+            RefusedError: it has decided against it.
+            CommandError: slurmctld is away, or there is no such program.
+        """
+        try:
+            self._shell(command)
+        except (NoAnswerError, NoProgramError):
+            raise
+        except CommandError as error:
+            if _FOR_NOW.search(error.stderr):
+                raise
+            raise RefusedError(str(error)) from error

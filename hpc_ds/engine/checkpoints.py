@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from hpc_ds.checkpoint.commit import Run
 from hpc_ds.engine import state as train_state
 from hpc_ds.engine.save_cost import SaveCost
 from hpc_ds.errors import CheckpointError
+from hpc_ds.runtime.progress import during, progress
 from hpc_ds.runtime.roll_call import roll_call
 from hpc_ds.version import __version__
 
@@ -59,6 +61,7 @@ class Checkpoints:
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
 
+    @during("saving")
     def save(
         self,
         save_dir: str | Path | None = None,
@@ -71,36 +74,42 @@ class Checkpoints:
         """Save everything that a resume needs, durable on return; see ``Engine.save_checkpoint``."""
         roll_call("save_checkpoint")
         self.settle()
+        began = self.saved_at = time.monotonic()
         client = self._client_state if client_state is None else client_state
         tag = str(tag) if tag is not None else f"global_step{self._engine.global_steps}"
         content = self._agreed_content(client, frozen=frozen, by_itself=False)
-        self._save_now(self._folder_for(save_dir), tag, content, save_latest=save_latest)
+        self._save_now(self._folder_for(save_dir), tag, content, began, save_latest=save_latest)
         self._client_state = client
 
+    @during("saving")
     def save_by_itself(self, *, behind: bool) -> None:
         """Save for the run, where it saves; behind the training, it is under way on return.
 
         Raises:
             CheckpointError: the same on every rank: it failed, or the one before did.
         """
+        began = self.saved_at = time.monotonic()
         folder, tag = self._own_folder(), f"global_step{self._engine.global_steps}"
         content = self._agreed_content(self._client_state, frozen=True, by_itself=True)
         if not behind:
-            self._save_now(folder, tag, content, save_latest=True)
+            self._save_now(folder, tag, content, began, save_latest=True)
             self.prune()
             return
-        began = self.saved_at = time.monotonic()
+        started = threading.Event()
 
         def committed() -> None:
+            started.wait()
             self._saved(content.step, tag, time.monotonic() - began)
             self.prune()
 
-        self._background.start(folder, tag, content, committed=committed)
-        self._behind = content.step
-        self.cost.stall_s = time.monotonic() - began
+        try:
+            self._background.start(folder, tag, content, committed=committed)
+            self._behind = content.step
+            self.cost.stall_s = time.monotonic() - began
+        finally:
+            started.set()
 
-    def _save_now(self, folder: Path, tag: str, content: writer.Content, *, save_latest: bool) -> None:
-        began = self.saved_at = time.monotonic()
+    def _save_now(self, folder: Path, tag: str, content: writer.Content, began: float, *, save_latest: bool) -> None:
         writer.save(folder, tag, content, save_latest=save_latest)
         self.cost.stall_s = time.monotonic() - began
         self.saved_step = content.step
@@ -108,7 +117,8 @@ class Checkpoints:
 
     def _saved(self, step: int, tag: str, seconds: float) -> None:
         self.cost.durable_s = seconds
-        self._engine.record("saved", step=step, tag=tag, seconds=round(seconds, 3))
+        stall_s = seconds if self.cost.stall_s is None else self.cost.stall_s
+        self._engine.record("saved", step=step, tag=tag, seconds=round(seconds, 3), stall_s=round(stall_s, 3))
 
     def running(self) -> bool:
         """Whether a save is being written behind the training, as far as this rank knows."""
@@ -137,6 +147,7 @@ class Checkpoints:
         progress = self._background.progress()
         return 0.0 if progress is None else progress.seconds + self.remaining_s()
 
+    @during("saving")
     def wait(self) -> None:
         """Wait until the save behind the training is durable.
 
@@ -208,6 +219,7 @@ class Checkpoints:
             run=Run() if run is None else Run(str(run.files.root), run.attempt),
         )
 
+    @during("loading")
     def load(
         self,
         load_dir: str | Path | None,
@@ -220,6 +232,7 @@ class Checkpoints:
     ) -> tuple[str | None, dict[str, Any]]:
         """Load the newest whole checkpoint, or the one named; see ``Engine.load_checkpoint``."""
         roll_call("load_checkpoint")
+        began = time.monotonic()
         self.settle()
         engine = self._engine
         folder = self._folder_to_load(load_dir, module_only=module_only)
@@ -249,7 +262,8 @@ class Checkpoints:
             if loaded.rank_state is not None:
                 train_state.restore_random_states(loaded.rank_state)
             self._watch.resumed(engine.global_samples)
-        engine.record("resumed", step=engine.global_steps, tag=loaded.stored.saved.tag)
+        seconds = round(time.monotonic() - began, 3)
+        engine.record("resumed", step=engine.global_steps, tag=loaded.stored.saved.tag, seconds=seconds)
         return str(loaded.stored.path), client["client"]
 
     def _folder_to_load(self, given: str | Path | None, *, module_only: bool) -> Path:
@@ -292,7 +306,7 @@ class Checkpoints:
 
     def _take_up(self, plain: dict[str, Any], client: dict[str, Any], *, optimizer_states: bool) -> None:
         engine, loader = self._engine, self._engine.training_dataloader
-        engine.global_steps = plain["global_steps"]
+        engine.global_steps = progress.step = plain["global_steps"]
         engine.global_samples = plain["global_samples"]
         engine.skipped_steps = plain["skipped_steps"]
         # The accumulation may be another at this world size; a step is whole whenever one is saved by the engine.

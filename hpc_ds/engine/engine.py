@@ -32,6 +32,7 @@ from hpc_ds.engine.watching import Watch
 from hpc_ds.engine.weights import load_whole, save_whole, whole_state
 from hpc_ds.errors import ConfigError, DivergedError
 from hpc_ds.runtime import preemption
+from hpc_ds.runtime.progress import during, mark, progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,11 +96,13 @@ class Engine(Surface):
         self._saving = Saving(self, self._checkpoints, run)
         if config.compile.enabled:
             self.compile()
+        mark("idle")
 
     # forward, backward, step
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's output."""
+        mark("forward")
         with self._watch.forward(self.global_steps):
             try:
                 output = self.module(*inputs, **kwargs)
@@ -110,6 +113,7 @@ class Engine(Surface):
         if self.optimizer is not None and torch.is_grad_enabled():
             self.sharding.begin_backward(boundary=self._completes())
             self._outputs.watch(output)
+        mark("idle")
         return output
 
     forward = __call__
@@ -151,6 +155,7 @@ class Engine(Surface):
         return loss.float() * self._loss_scale.value
 
     def _begin_backward(self) -> None:
+        mark("backward")
         if self._loss_scale.exhausted:
             self.sharding.inspect()
         self.sharding.begin_backward(boundary=self._completes())
@@ -163,6 +168,7 @@ class Engine(Surface):
     def _end_backward(self) -> None:
         self._passes.end()
         self.sharding.end_backward()
+        mark("idle")
 
     def _count_plain(self, loss: torch.Tensor) -> None:
         self._loss_sum += loss.detach().double().reshape(()) / self._sizes.accumulation
@@ -189,6 +195,7 @@ class Engine(Surface):
         """
         self._boundary_is = is_boundary
 
+    @during("step")
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Count one micro-batch; at the boundary, take an optimizer step. Collective at the boundary.
 
@@ -273,6 +280,7 @@ class Engine(Surface):
 
     def _count(self, agreed: Agreed) -> None:
         self.global_steps += 1
+        progress.step = self.global_steps
         self.global_samples += self._sizes.train
         self._loss_sum.zero_()
         now = time.monotonic()

@@ -22,6 +22,7 @@ from hpc_ds.engine.schedules import make_schedule
 from hpc_ds.engine.zero import refuse_owned, register
 from hpc_ds.errors import ConfigError, RankError
 from hpc_ds.runtime.process_group import init_distributed
+from hpc_ds.runtime.progress import process_age_s
 from hpc_ds.runtime.run import CurrentRun
 from hpc_ds.runtime.show_log import show_log
 
@@ -155,7 +156,8 @@ def _tell(run: CurrentRun | None, rank: Rank, warnings: list[str], config: Train
     if config.dump_state:
         log.info("training config: %s", config.model_dump_json())
     if run is not None:
-        run.record("initialized", world_size=rank.world_size)
+        age_s = process_age_s()
+        run.record("initialized", world_size=rank.world_size, seconds=None if age_s is None else round(age_s, 3))
 
 
 def _device() -> torch.device:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from hpc_ds.engine.save_cost import FINISH, SAVE, best_interval_s, choice
 from hpc_ds.errors import CheckpointError
 from hpc_ds.runtime import preemption
+from hpc_ds.runtime.progress import progress
 
 if TYPE_CHECKING:
     from hpc_ds.engine.checkpoints import Checkpoints
@@ -85,6 +86,7 @@ class Saving:
         Raises:
             Preempted: always, once everything is durable.
         """
+        progress.stop()
         told_by = preemption.told_by()
         what = self._agreed_choice()
         if what == SAVE:

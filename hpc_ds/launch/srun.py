@@ -13,8 +13,10 @@ import time
 from typing import TYPE_CHECKING
 
 from hpc_ds.cluster import process
-from hpc_ds.cluster.parse import parse_due_to, parse_task_end
-from hpc_ds.launch.runner import CHECKPOINTED, Failure, in_words, last_lines, rank_log
+from hpc_ds.cluster.parse import parse_due_to, parse_lost_node, parse_task_end
+from hpc_ds.launch.failure import Failure, TaskEnd, in_words, last_lines
+from hpc_ds.launch.node_list import expand
+from hpc_ds.launch.runner import CHECKPOINTED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,21 +34,48 @@ _LAUNCH_FAILED = re.compile(r"^srun: error: .*[Ll]aunch.* failed")
 _WITH_LOG = 'exec "$@" >>"$HPCDS_RUN_DIR/logs/attempt-$HPCDS_ATTEMPT/rank-$SLURM_PROCID.log" 2>&1'
 
 
-def srun_command(argv: list[str], resources: Resources, options: list[str]) -> list[str]:
-    """The srun command line of a step over the whole allocation."""
-    command = [
-        "srun",
-        f"--nodes={resources.nodes}",
-        f"--ntasks={resources.world_size}",
-        f"--ntasks-per-node={resources.ranks_per_node}",
-        "--export=ALL",
-        "--kill-on-bad-exit=0",
-        "--wait=0",  # else ranks that still work when the first has finished would be killed
-    ]
-    if resources.cpus_per_task is not None:
+def srun_command(argv: list[str], resources: Resources, options: list[str], components: int = 1) -> list[str]:
+    """The srun command line of a step over the whole allocation.
+
+    Args:
+        argv: what every rank runs.
+        resources: of the job.
+        options: of the site.
+        components: of a heterogeneous job, whose shape only its allocation knows.
+    """
+    command = ["srun"]
+    if components > 1:
+        command.append(f"--het-group={','.join(map(str, range(components)))}")
+    else:
+        command += [
+            f"--nodes={resources.nodes}",
+            f"--ntasks={resources.world_size}",
+            f"--ntasks-per-node={resources.ranks_per_node}",
+        ]
+    # --wait=0: else ranks that still work when the first has finished would be killed.
+    command += ["--export=ALL", "--kill-on-bad-exit=0", "--wait=0"]
+    if resources.cpus_per_task is not None and components == 1:
         # Slurm 22.05 to 23.02 do not pass the job's value on to steps.
         command.append(f"--cpus-per-task={resources.cpus_per_task}")
     return [*command, *options, "/bin/sh", "-c", _WITH_LOG, "hpcds-rank", *argv]
+
+
+def components_of(environ: Mapping[str, str]) -> int:
+    """Components of the heterogeneous job that this allocation is; 1 of any other."""
+    size = environ.get("SLURM_HET_SIZE", "1")
+    return int(size) if size.isdigit() and int(size) > 0 else 1
+
+
+def first_ranks(environ: Mapping[str, str]) -> dict[str, int]:
+    """Node -> the rank that srun calls task 0 there: in a heterogeneous job each component counts its tasks anew."""
+    first: dict[str, int] = {}
+    before = 0
+    for group in range(components_of(environ)):
+        nodes = environ.get(f"SLURM_JOB_NODELIST_HET_GROUP_{group}", "")
+        for node in expand(nodes) if nodes else ():
+            first[node] = before
+        before += int(environ.get(f"SLURM_NTASKS_HET_GROUP_{group}", "0"))
+    return first
 
 
 class SrunRunner:
@@ -61,8 +90,12 @@ class SrunRunner:
         self._srun: subprocess.Popen[bytes] | None = None
         self._end_at: float | None = None
         self._kill_at: float | None = None
+        self._first_rank = first_ranks(environ)
+        self.ends: list[TaskEnd] = []
         self.failure: Failure | None = None
         self.due_to: str | None = None
+        self.lost_node = ""
+        self.reported: set[str] = set()
 
     def start(self) -> None:
         """Start the step."""
@@ -88,12 +121,14 @@ class SrunRunner:
             self._end_if_due()
             return None
         code = 128 - code if code < 0 else code
-        if code in {0, CHECKPOINTED} and self.failure is None:
-            return code
-        if self.failure is None:
+        if self.ends:
+            return self.ends[0].exit_code
+        if code == 0 and self._kill_at is not None:
+            return 128 + signal.SIGTERM  # srun does not always say that it was ended
+        if self.failure is None and code not in {0, CHECKPOINTED}:
             words = last_lines(self._messages)
             self.failure = Failure(None, "", code, f"srun ended with {in_words(code)}", words)
-        return self.failure.exit_code
+        return code if self.failure is None else self.failure.exit_code
 
     def _read_messages(self) -> None:
         with self._messages.open("rb") as messages:
@@ -103,24 +138,26 @@ class SrunRunner:
         self._read += len(whole)
         for line in whole.decode(errors="replace").splitlines():
             self.due_to = self.due_to or parse_due_to(line)
+            self.lost_node = self.lost_node or parse_lost_node(line) or ""
             self._look_for_failure(line)
 
     def _look_for_failure(self, line: str) -> None:
-        if self.failure is not None:
-            return
-        if _LAUNCH_FAILED.search(line):
+        if self._kill_at is not None:
+            return  # what ends now was ended by us
+        if _LAUNCH_FAILED.search(line) and self.failure is None:
             self.failure = Failure(None, "", 1, line.removeprefix("srun: error: "), [line])
             self._end_at = time.monotonic()
             return
         end = parse_task_end(line)
         if end is None:
             return
-        host, rank, how = end
+        host, task, how = end
+        self.reported.add(host)
         code = exit_code_of(how)
         if code not in {0, CHECKPOINTED}:
-            self.failure = Failure(rank, host, code, in_words(code), last_lines(rank_log(self._logs, rank)))
+            self.ends.append(TaskEnd(self._first_rank.get(host, 0) + task, host, code, time.time()))
             # The others get time to say what they saw; then the step is ended.
-            self._end_at = time.monotonic() + _PATIENCE_S
+            self._end_at = self._end_at or time.monotonic() + _PATIENCE_S
 
     def _end_if_due(self) -> None:
         now = time.monotonic()
@@ -129,6 +166,11 @@ class SrunRunner:
             self.terminate()
         elif self._kill_at is not None and now > self._kill_at and self._srun is not None:
             self._srun.kill()
+
+    def be_patient(self) -> None:
+        """Do not end the others yet, though one has failed: it is not known why."""
+        if self._end_at is not None:
+            self._end_at = time.monotonic() + _PATIENCE_S
 
     def terminate(self) -> None:
         """End the step: srun passes SIGTERM to itself on to its tasks as SIGKILL."""

@@ -7,24 +7,22 @@ what they told before stands in the ledger.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc_ds.checkpoint.layout import newest_step
 from hpc_ds.cluster.queue import Queue
 from hpc_ds.cluster.scheduler import JobState
 from hpc_ds.errors import SchedulerError
-from hpc_ds.launch.runner import in_words
+from hpc_ds.launch.failure import in_words
 from hpc_ds.report.beats import Pulse, quiet_ranks
 from hpc_ds.report.history import lost_after
 from hpc_ds.report.progress import progress, samples_per_step, steps_in_all
 from hpc_ds.run_dir import read_object
-from hpc_ds.supervise.ledger import read_ledger
+from hpc_ds.supervise.ledger import read_ledger, saved_step
 from hpc_ds.supervise.policy import excluded_nodes
 from hpc_ds.tail import end_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from collections.abc import Mapping, Sequence
 
     from hpc_ds.cluster.queue import Answer
@@ -155,7 +153,7 @@ def _status(
         reason=reason,
         step=done.step,
         loss=done.loss,
-        saved_step=_saved_step(run, config, events, attempts),
+        saved_step=saved_step(run),
         steps_lost=sum(lost_after(attempts)),
         queue_state=None if job is None else job.state,
         queue_reason=None if job is None or job.reason == "None" else job.reason,
@@ -197,28 +195,6 @@ def _quiet(
 ) -> list[dict[str, Any]]:
     pulse = None if pulses is None else pulses.setdefault((run.root, attempt.number), Pulse())
     return quiet_ranks(run, attempt.number, 1 / rate if rate else None, pulse)
-
-
-def _saved_step(
-    run: RunDir, config: Mapping[str, Any], events: Sequence[dict[str, Any]], attempts: Sequence[Attempt]
-) -> int | None:
-    """The step that a resume would go on from; where a script saves elsewhere, what it told of it."""
-    folder = Path((config.get("checkpoint") or {}).get("dir") or run.checkpoints)
-    try:
-        committed = _newest_step(folder, folder.stat().st_mtime_ns)
-    except OSError:
-        committed = None
-    if committed is not None:
-        return committed
-    told = [int(event["step"]) for event in events if event.get("event") == "saved"]
-    kept = [attempt.saved_step for attempt in attempts if attempt.saved_step is not None]
-    return told[-1] if told else kept[-1] if kept else None
-
-
-@lru_cache(maxsize=1024)
-def _newest_step(folder: Path, _changed_ns: int) -> int | None:
-    """Manifests are read again only where something was renamed in or out since."""
-    return newest_step(folder)
 
 
 def _failure(run: RunDir, attempt: Attempt) -> dict[str, Any] | None:

@@ -77,14 +77,21 @@ def prepare(job: JobConfig, site: SiteConfig, runs: Path) -> RunDir:
 
 def queue(run: RunDir, site: SiteConfig) -> str:
     """Hand the script of a run to its scheduler and write down the job id; also for a run that goes on."""
-    before = read_object(run.job)
     job_id = scheduler_named(site.scheduler, run).submit(run)
-    earlier = [*before.get("earlier", []), before["job_id"]] if before else []
+    note_job(run, site, job_id)
+    return job_id
+
+
+def note_job(run: RunDir, site: SiteConfig, job_id: str) -> None:
+    """Write down which job a run is now, and which it was before. Submitter and job both do: the first one counts."""
+    before = read_object(run.job)
+    if before.get("job_id") == job_id:
+        return
+    earlier = [*before.get("earlier", []), before["job_id"]] if before.get("job_id") else []
     now = time.time()
     queued = {**before.get("queued", {}), job_id: now}
     data = {"job_id": job_id, "site": site.name, "submitted": now, "earlier": earlier, "queued": queued}
     write_json(run.job, data)
-    return job_id
 
 
 def changed_files(run: RunDir, job: JobConfig, site: SiteConfig) -> dict[Path, str]:

@@ -1,11 +1,12 @@
 """The ledger of a run: ``attempts.jsonl``, one line when an attempt opens and one when it closes.
 
 An attempt that was opened and never closed had a supervisor that was killed before it could say why; the next one
-closes it as ``lost``.
+closes it as ``lost``, or as ``node_failure`` where its node is down.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -15,8 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_ds.checkpoint.layout import newest_step
 from hpc_ds.run_dir import append_line, read_lines, read_object
+from hpc_ds.supervise.progress import Progress
+from hpc_ds.tail import end_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hpc_ds.run_dir import RunDir
 
 
@@ -27,7 +32,7 @@ class Attempt:
     Attributes:
         number: counted from 1.
         cause: why it ended; None while it runs.
-        action: what the supervisor did about it: finish, requeue, hold, leave.
+        action: what the supervisor did about it: finish, requeue, successor, hold, leave.
         first_step, last_step: optimizer steps it took; None where it took none.
         saved_step: step of the newest checkpoint when it ended; None where there was none.
         first_step_s: seconds from the start of the attempt to the end of its first step.
@@ -70,24 +75,47 @@ def read_ledger(run: RunDir) -> list[Attempt]:
     return [Attempt(**fields) for _, fields in sorted(attempts.items())]
 
 
-def open_attempt(run: RunDir, job_id: str, host: str, nodes: str) -> Attempt:
-    """Open the next attempt; one that a killed supervisor left open is closed as lost first."""
+def open_attempt(
+    run: RunDir, job_id: str, host: str, nodes: str, *, is_down: Callable[[str], bool] = lambda _node: False
+) -> Attempt:
+    """Open the next attempt; one that a killed supervisor left open is closed first.
+
+    Args:
+        run: whose ledger.
+        job_id: of the job that this attempt is.
+        host: on which the supervisor runs.
+        nodes: of the job.
+        is_down: whether a node does not work now: then it took its supervisor with it.
+    """
     attempts = read_ledger(run)
     if attempts and attempts[-1].cause is None:
         last = attempts[-1]
-        detail = "the supervisor was killed before it could say why"
-        known = {"closed": _last_sign_of(run, last), **steps_of(run, last.number)}
-        close_attempt(run, last.number, cause="lost", action="leave", detail=detail, **known)
+        known = {"action": "leave", **outcome(run, last.opened, _read_again(run, last.number))}
+        known["closed"] = max(last.opened, _last_sign_of(run, last.number))
+        if last.host != host and is_down(last.host):
+            detail = f"node {last.host} was lost, and the supervisor with it"
+            close_attempt(run, last.number, cause="node_failure", node=last.host, detail=detail, **known)
+        else:
+            detail = "the supervisor was killed before it could say why"
+            close_attempt(run, last.number, cause="lost", detail=detail, **known)
     attempt = Attempt(number=len(attempts) + 1, job_id=job_id, host=host, nodes=nodes, opened=time.time())
     opened = {"number": attempt.number, "job_id": job_id, "host": host, "nodes": nodes, "opened": attempt.opened}
     _write(run, {"event": "opened", **opened})
     return attempt
 
 
-def _last_sign_of(run: RunDir, attempt: Attempt) -> float:
+def _read_again(run: RunDir, number: int) -> Progress:
+    progress = Progress(run, number, from_begin=True)
+    progress.update()
+    return progress
+
+
+def _last_sign_of(run: RunDir, number: int) -> float:
     """When an attempt was last known to run: the time until the next one began was spent in the queue."""
-    events = [event for event in read_lines(run.events) if event.get("attempt") == attempt.number]
-    return max([attempt.opened, *(float(event["time"]) for event in events if "time" in event)])
+    signs = [float(event["time"]) for event in end_of(run.events) if event.get("attempt") == number and "time" in event]
+    with contextlib.suppress(OSError):
+        signs += [path.stat().st_mtime for path in run.beats(number).iterdir()]
+    return max(signs, default=0.0)
 
 
 def close_attempt(run: RunDir, number: int, **fields: Any) -> None:
@@ -103,26 +131,35 @@ def _write(run: RunDir, line: dict[str, Any]) -> None:
         sys.stderr.write(f"hpcds: ledger {str(run.ledger)!r}: not written: {error.strerror}: {json.dumps(line)}\n")
 
 
-def steps_of(run: RunDir, number: int) -> dict[str, int | None]:
-    """First and last step of an attempt, from the events that rank 0 wrote, and the step that a resume would go on from."""
-    events = read_lines(run.events)
-    steps = [event["step"] for event in events if event.get("event") == "step" and event.get("attempt") == number]
+def outcome(run: RunDir, opened: float, progress: Progress) -> dict[str, Any]:
+    """What an attempt has achieved, as fields of the ledger."""
+    saved = saved_step(run, progress.saved_step)
+    first_at = progress.first_step_at
     return {
-        "first_step": min(steps, default=None),
-        "last_step": max(steps, default=None),
-        "saved_step": saved_step(run, [event for event in events if event.get("attempt", 0) <= number]),
+        "first_step": progress.first_step,
+        "last_step": progress.last_step,
+        "saved_step": saved,
+        "first_step_s": None if first_at is None else round(max(first_at - opened, 0.0), 3),
+        "step_s": progress.step_s,
+        "save_s": progress.save_s,
+        "lost_s": round(progress.lost_s(saved), 3),
     }
 
 
-def saved_step(run: RunDir, events: list[dict[str, Any]]) -> int | None:
+def saved_step(run: RunDir, told: int | None = None) -> int | None:
     """The step that a resume would go on from; None where nothing is saved.
 
     The folder is asked first: a save behind the training may be committed when nobody is left to write of it. Where a
-    script saves elsewhere, rank 0's events are all there is.
+    script saves elsewhere, rank 0's words are all there is.
+
+    Args:
+        run: whose checkpoints.
+        told: the last save that rank 0 told of, where that is known.
     """
     folder = read_object(run.config).get("checkpoint", {}).get("dir") or run.checkpoints
     committed = newest_step(Path(folder))
-    if committed is not None:
-        return committed
-    told = [int(event["step"]) for event in events if event.get("event") == "saved"]
-    return told[-1] if told else None
+    if committed is not None or told is not None:
+        return committed if committed is not None else told
+    said = [int(event["step"]) for event in end_of(run.events) if event.get("event") == "saved"]
+    before = [attempt.saved_step for attempt in read_ledger(run) if attempt.saved_step is not None]
+    return [*before, *said][-1] if before or said else None

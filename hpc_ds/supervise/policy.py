@@ -1,24 +1,27 @@
 """Why an attempt ended, and what follows from it: two tables. Elapsed time decides nothing.
 
-| cause     | how it is known                                             | what follows                                 |
-|-----------|-------------------------------------------------------------|----------------------------------------------|
-| finished  | exit 0                                                      | nothing                                      |
-| preempted | the scheduler says so (PreemptTime is set)                  | requeue, then hold still                     |
-| requeued  | the scheduler counts a restart already                      | nothing: it starts again by itself           |
-| node_failure | the same, and srun's messages name a lost node           | nothing: it starts again by itself           |
-| walltime  | the scheduler says TimeLimit; or exit 75 near the limit     | requeue; hold after three without a step     |
-| cancelled | the job is ending, for none of the reasons above            | nothing                                      |
-| stopped   | exit 75 or 143, and the scheduler knows of no reason               | requeue; hold after three without a step     |
-| crashed   | any other exit                                              | requeue after progress, else hold            |
-| lost      | the attempt was never closed                                | its successor is what follows                |
+| cause        | how it is known                                                       | what follows                            |
+|--------------|-----------------------------------------------------------------------|-----------------------------------------|
+| finished     | exit 0                                                                | nothing                                 |
+| preempted    | PreemptTime is set, or srun's messages say so                         | requeue, then hold still                |
+| requeued     | the scheduler counts a restart already                                | nothing: it starts again by itself      |
+| node_failure | the same, and srun's messages name a lost node; or NODE_FAIL          | nothing, or requeue                     |
+| walltime     | the scheduler says TimeLimit; or exit 75 near the limit               | requeue; hold after three without a step |
+| cancelled    | the job is ending, for none of the reasons above                      | nothing                                 |
+| stopped      | exit 75 or 143, and the scheduler knows of no reason                  | requeue; hold after three without a step |
+| hang         | no rank moved any more, and the supervisor ended them                 | as after a crash                        |
+| crashed      | any other exit                                                        | requeue after progress, else hold       |
+| lost         | the attempt was never closed                                          | its successor is what follows           |
 
 Leaving without a requeue inside a grace period ends the job for good on Slurm before 24.05 (the job counts as
-completed), so a preempted run is requeued by us and not by its end. Only a crash uses up ``max_crashes``.
+completed), so a preempted run is requeued by us and not by its end. Crashes use up ``max_crashes``, hangs
+``max_hangs``; nothing else does.
 """
 
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,14 +34,16 @@ if TYPE_CHECKING:
     from hpc_ds.config.job import Restart
     from hpc_ds.supervise.ledger import Attempt
 
-# Slurm sends the signal of --signal up to a minute early, and looks at its clock every half minute.
-_EARLY_S = 90
 _VAIN_STOPS = 3
 _ASKED = {"stopped", "walltime"}
 # 75, or dead by a signal that asks to stop, before the rank listened for it (torch takes long to load).
 _TOLD = {CHECKPOINTED, 128 + signal.SIGTERM, 128 + signal.SIGUSR2}
+_FAILURES = {"crashed": "crashed", "hang": "hung"}
+_NOUNS = {"crashed": "crash", "hang": "hang"}
 _ENDING = {"CANCELLED", "COMPLETING", "COMPLETED", "DEADLINE", "REVOKED"}
 _BY_WORDS = {"PREEMPTION": "preempted", "NODE FAILURE": "node_failure"}
+_OVER_WORDS = {**_BY_WORDS, "TIME LIMIT": "walltime"}
+_BLAMED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +54,11 @@ class Ended:
         exit_code: of all ranks together.
         job: the scheduler's word on the job; None where it gave none.
         restarts_before: restarts when the attempt began.
-        terminated: the supervisor itself was told to end.
+        terminated: the scheduler ends the whole job, or says nothing though the supervisor was told to end.
         due_to: why the scheduler ended the ranks, in its words, where it said so.
-        lead_s: of the warning before the time limit.
-        now: seconds since the epoch.
+        near_limit: it was time to save for the time limit.
+        hung: the supervisor ended the ranks because none moved any more.
+        overdue: the supervisor ended the ranks because the job ends and they had not stopped.
     """
 
     exit_code: int
@@ -60,8 +66,9 @@ class Ended:
     restarts_before: int
     terminated: bool
     due_to: str | None
-    lead_s: int
-    now: float
+    near_limit: bool = False
+    hung: bool = False
+    overdue: bool = False
 
     @property
     def requeued(self) -> bool:
@@ -71,12 +78,16 @@ class Ended:
 
 def cause_of(ended: Ended) -> str:
     """Why the attempt ended."""
+    if ended.hung:
+        return "hang"
     if ended.exit_code == 0:
         return "finished"
     if ended.job is not None and (word := _schedulers_word(ended, ended.job)):
         return word
     if ended.job is None and ended.terminated and ended.exit_code != CHECKPOINTED:
-        return "cancelled"
+        return _OVER_WORDS.get(ended.due_to or "", "cancelled")
+    if ended.near_limit and (ended.overdue or ended.exit_code in _TOLD):
+        return "walltime"
     return "stopped" if ended.exit_code in _TOLD else "crashed"
 
 
@@ -93,9 +104,8 @@ def _schedulers_word(ended: Ended, job: JobState) -> str | None:
     if job.state == "PREEMPTED":
         return "preempted"
     if job.state in _ENDING:
-        return "cancelled"
-    near_limit = job.end_time is not None and ended.now > job.end_time - ended.lead_s - _EARLY_S
-    return "walltime" if near_limit and ended.exit_code in _TOLD else None
+        return _OVER_WORDS.get(ended.due_to or "", "cancelled")
+    return "node_failure" if ended.due_to == "NODE FAILURE" else None
 
 
 def action_after(
@@ -123,8 +133,8 @@ def action_after(
             "hold",
             f"held: it was started {_VAIN_STOPS} times in a row without taking a step; is its time limit too short?",
         )
-    if cause == "crashed":
-        return _after_crash(last_step, [attempt for attempt in before if attempt.cause == "crashed"], limits)
+    if cause in _FAILURES:
+        return _after_failure(cause, last_step, before, limits)
     return "requeue", f"{cause}: queued again"
 
 
@@ -140,19 +150,27 @@ def _stops_in_vain(last_step: int | None, before: Sequence[Attempt]) -> bool:
     return last_step is None and bool(recent) and all(a.cause in _ASKED and a.last_step is None for a in recent)
 
 
-def _after_crash(last_step: int | None, crashes: Sequence[Attempt], limits: Restart) -> tuple[str, str]:
+def _after_failure(cause: str, last_step: int | None, before: Sequence[Attempt], limits: Restart) -> tuple[str, str]:
+    """A crash or a hang: again if the run got further than at the failure before and the budget of its cause lasts."""
+    did = _FAILURES[cause]
     if last_step is None:
-        return "hold", "held: it crashed before its first step, and would again"
-    reached = max((crash.last_step for crash in crashes if crash.last_step is not None), default=None)
-    if reached is not None and last_step <= reached:
-        return "hold", f"held: it crashed at step {last_step}, no further than the crash before (step {reached})"
-    if len(crashes) >= limits.max_crashes:
-        return "hold", f"held: crash number {len(crashes) + 1}, and restart.max_crashes is {limits.max_crashes}"
-    return "requeue", f"crashed after progress to step {last_step}: queued again"
+        return "hold", f"held: it {did} before its first step, and would again"
+    failures = [attempt for attempt in before if attempt.cause in _FAILURES]
+    further = [failure for failure in failures if failure.last_step is not None and failure.last_step >= last_step]
+    if further:
+        earlier = f"the {_NOUNS[str(further[-1].cause)]} before (step {further[-1].last_step})"
+        return "hold", f"held: it {did} at step {last_step}, no further than {earlier}"
+    count = sum(attempt.cause == cause for attempt in failures)
+    name, most = ("max_hangs", limits.max_hangs) if cause == "hang" else ("max_crashes", limits.max_crashes)
+    if count >= most:
+        return "hold", f"held: {_NOUNS[cause]} number {count + 1}, and restart.{name} is {most}"
+    return "requeue", f"{did} after progress to step {last_step}: queued again"
 
 
 def excluded_nodes(attempts: Sequence[Attempt], limit: int) -> list[str]:
-    """Nodes that the end of at least two attempts is blamed on: the last ``limit`` of them, newest last."""
-    blamed = [attempt.node for attempt in attempts if attempt.node]
-    twice = dict.fromkeys(node for node in reversed(blamed) if blamed.count(node) > 1)
-    return list(twice)[:limit][::-1] if limit > 0 else []
+    """Nodes that the ends of two attempts or more are blamed on: the newest last, at most ``limit`` of them."""
+    blamed = Counter(attempt.node for attempt in attempts if attempt.node)
+    newest_last = list(
+        dict.fromkeys(reversed([attempt.node for attempt in attempts if blamed[attempt.node] >= _BLAMED]))
+    )
+    return newest_last[:limit][::-1] if limit else []

@@ -7,38 +7,41 @@ a requeue ends it.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import sys
 import time
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 from hpc_ds.cluster.connect import scheduler_named
-from hpc_ds.config.job import lead_s, python_of
+from hpc_ds.cluster.process import node_name
+from hpc_ds.config.job import python_of
 from hpc_ds.config.load import load_resolved, load_site
-from hpc_ds.errors import RunError, SchedulerError
+from hpc_ds.errors import NodeListError, RefusedError, RunError
+from hpc_ds.launch.failure import Failure, first_failure
 from hpc_ds.launch.local import LocalRunner
-from hpc_ds.launch.runner import Failure, in_words
-from hpc_ds.launch.srun import SrunRunner, srun_command
-from hpc_ds.run_dir import write_atomic
-from hpc_ds.supervise.ledger import close_attempt, open_attempt, read_ledger, steps_of
-from hpc_ds.supervise.policy import Ended, action_after, cause_of
+from hpc_ds.launch.node_list import expand
+from hpc_ds.launch.srun import SrunRunner, components_of, srun_command
+from hpc_ds.run_dir import read_object
+from hpc_ds.script.submit import note_job
+from hpc_ds.supervise.ledger import Attempt, close_attempt, open_attempt, outcome, read_ledger
+from hpc_ds.supervise.policy import Ended, action_after, cause_of, excluded_nodes
+from hpc_ds.supervise.progress import Progress
+from hpc_ds.supervise.talk import Talk, say
+from hpc_ds.supervise.watch import WAKE, Watch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hpc_ds.cluster.scheduler import JobState, Scheduler
     from hpc_ds.config.job import JobConfig
     from hpc_ds.config.site import SiteConfig
     from hpc_ds.launch.runner import Runner
     from hpc_ds.run_dir import RunDir
 
-_WAKE = {signal.SIGTERM, signal.SIGCHLD, signal.SIGINT}
-_LOOK_EVERY_S = 1.0
-_DEADLINE_EVERY_S = 60.0
-_ASK_FOR_S = 20.0
+_ANSWER_AT_START_S = 10.0
+_ANSWER_AT_END_S = 1800.0
 _HELD_STILL_FOR_S = 300.0
-_LOOKS = 15
 _NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -46,18 +49,21 @@ def supervise(run: RunDir) -> int:
     """Run one attempt; returns the exit code of the job script.
 
     Raises:
-        RunError: this process is not the job of that run.
+        RunError: this process is not a job, or another job runs that run.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _WAKE)
+    signal.pthread_sigmask(signal.SIG_BLOCK, WAKE)
     job, site = load_resolved(run.config), load_site(str(run.site))
     job_id = _job_id(run, site)
-    supervisor = Supervisor(run, job, site, job_id, scheduler_named(site.scheduler, run))
-    return supervisor.attempt()
+    return Supervisor(run, job, site, job_id, scheduler_named(site.scheduler, run)).attempt()
 
 
 def _job_id(run: RunDir, site: SiteConfig) -> str:
+    """Of this job. A task of an array is named by array and task: the number of its last task is that of them all."""
+    environ = os.environ
+    if site.scheduler == "slurm" and environ.get("SLURM_ARRAY_JOB_ID") and environ.get("SLURM_ARRAY_TASK_ID"):
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     name = "HPCDS_LOCAL_JOB" if site.scheduler == "local" else "SLURM_JOB_ID"
-    job_id = os.environ.get(name)
+    job_id = environ.get(name)
     if not job_id:
         raise RunError(f"run {str(run.root)!r}: {name} is not set; supervise runs inside the job, start it with submit")
     return job_id
@@ -72,49 +78,103 @@ class Supervisor:
         self._site = site
         self._job_id = job_id
         self._scheduler = scheduler
-        self._terminated = False
-        self._told: JobState | None = None
-        self._deadline_at = 0.0
+        self._talk = Talk(scheduler, job_id)
 
     def attempt(self) -> int:
         """Open the ledger, run the ranks, close the ledger, act."""
-        at_start = self._ask()
-        restarts = at_start.restarts if at_start is not None else int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        nodes = at_start.nodes if at_start is not None else os.environ.get("SLURM_JOB_NODELIST", "")
-        attempt = open_attempt(self._run, self._job_id, os.uname().nodename, nodes)
-        self._write_deadline(at_start)
-        _say(f"attempt {attempt.number} of {self._job.name}, job {self._job_id}, on {nodes or 'this machine'}")
+        earlier = read_ledger(self._run)
+        if earlier and earlier[-1].cause == "finished":
+            say(f"the run finished in attempt {earlier[-1].number}; there is nothing left to do")
+            return 0
+        self._refuse_a_second_job(earlier)
+        if str(read_object(self._run.job).get("job_id", "")) != self._job_id:
+            note_job(self._run, self._site, self._job_id)
+        at_start = self._talk.show(_ANSWER_AT_START_S)
+        attempt = self._open(at_start)
+        progress = Progress(self._run, attempt.number)
+        watch = Watch(self._run, self._job, attempt.number, self._talk, progress)
+        watch.begin(at_start, _end_in_environment(), self._node_names(attempt.nodes), read_ledger(self._run)[:-1])
+        say(f"attempt {attempt.number} of {self._job.name}, job {self._job_id}, on {attempt.nodes or 'this machine'}")
         runner = self._runner(attempt.number)
-        exit_code = self._run_ranks(runner)
-        told = self._told if self._told is not None and self._told.state != "RUNNING" else self._ask()
-        ended = Ended(exit_code, told, restarts, self._terminated, runner.due_to, lead_s(self._job), time.time())
-        cause, steps = cause_of(ended), steps_of(self._run, attempt.number)
-        if ended.requeued and cause != "finished":
-            action, why = "leave", f"{cause}: the scheduler starts it again"
-        elif told is not None and not told.active and cause != "finished":
-            action, why = "leave", f"{cause}: the scheduler has given the job up; `hpcds resume` continues the run"
-        else:
-            before = read_ledger(self._run)[:-1]
-            action, why = action_after(cause, steps["last_step"], before, self._job.restart, joined=self._joined())
-        failure = runner.failure if cause == "crashed" else None
-        detail = f"{why} ({_first(failure)})" if failure is not None else why
-        close_attempt(
-            self._run,
-            attempt.number,
-            cause=cause,
-            action=action,
-            exit_code=exit_code,
-            detail=detail,
-            failure=None if failure is None else asdict(failure),
-            **steps,
-        )
-        _say(f"attempt {attempt.number} ended: {cause}, exit code {exit_code}; {detail}")
-        self._act(action, restarts)
-        return 0 if cause == "finished" else exit_code
+        restarts = at_start.restarts if at_start is not None else int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
-    def _joined(self) -> bool:
-        """Whether the run's program uses our engine, so that its steps can be counted."""
-        return self._run.events.exists()
+        def close(exit_code: int) -> tuple[Attempt, Ended]:
+            ended = self._ended(exit_code, runner, watch, restarts)
+            return self._close(attempt, ended, runner, watch, progress), ended
+
+        exit_code = self._run_ranks(runner, watch, lambda: close(128 + signal.SIGKILL))
+        closed, ended = close(exit_code)
+        self._act(closed, ended)
+        return 0 if closed.cause == "finished" else exit_code
+
+    def _refuse_a_second_job(self, earlier: list[Attempt]) -> None:
+        """Two jobs in one run folder would train it twice and overwrite each other's steps."""
+        last = earlier[-1] if earlier else None
+        if last is None or last.cause is not None or last.job_id in {"", self._job_id}:
+            return
+        other = Talk(self._scheduler, last.job_id).show()
+        if other is not None and other.state in {"RUNNING", "COMPLETING", "SUSPENDED"}:
+            raise RunError(
+                f"run {str(self._run.root)!r}: job {last.job_id} runs it already; cancel that job first, or this one"
+            )
+
+    def _node_names(self, nodes: str) -> list[str]:
+        try:
+            return expand(nodes) if nodes and self._site.scheduler == "slurm" else []
+        except NodeListError:
+            return []
+
+    def _open(self, at_start: JobState | None) -> Attempt:
+        nodes = at_start.nodes if at_start is not None else os.environ.get("SLURM_JOB_NODELIST", "")
+        return open_attempt(self._run, self._job_id, node_name(), nodes, is_down=self._talk.is_down)
+
+    def _ended(self, exit_code: int, runner: Runner, watch: Watch, restarts: int) -> Ended:
+        told = watch.told if watch.told is not None and watch.told.state != "RUNNING" else None
+        if told is None and exit_code != 0:
+            # Without the scheduler's word neither the cause is known nor a requeue to be had: it is waited for.
+            told = self._talk.show(_ANSWER_AT_END_S)
+        due_to = runner.due_to or ("NODE FAILURE" if runner.lost_node else None)
+        return Ended(
+            exit_code, told or watch.told, restarts, watch.terminated, due_to,
+            near_limit=watch.near_limit, hung=watch.hang is not None, overdue=watch.overdue,
+        )  # fmt: skip
+
+    def _close(self, attempt: Attempt, ended: Ended, runner: Runner, watch: Watch, progress: Progress) -> Attempt:
+        run, cause = self._run, cause_of(ended)
+        achieved = outcome(run, attempt.opened, progress)
+        action, why = self._decide(cause, ended, progress)
+        failure = None
+        if cause == "crashed":
+            logs = run.attempt_logs(attempt.number)
+            failure = runner.failure or first_failure(runner.ends, run.failures(attempt.number), logs)
+        detail = f"{why} ({failure.in_a_sentence()})" if failure is not None else why
+        if watch.hang is not None and cause == "hang":
+            detail = f"{why} ({watch.hang.detail}; stacks are in {run.stacks(attempt.number)})"
+        elif watch.overdue:
+            detail = f"{why} (the ranks did not come to the end of a step; stacks are in {run.stacks(attempt.number)})"
+        fields: dict[str, Any] = {
+            "cause": cause,
+            "action": action,
+            "exit_code": ended.exit_code,
+            "detail": detail,
+            "failure": None if failure is None else asdict(failure),
+            "node": "" if self._site.scheduler == "local" else _blamed(cause, failure, watch, runner),
+            **achieved,
+        }
+        close_attempt(run, attempt.number, **fields)
+        say(f"attempt {attempt.number} ended: {cause}, exit code {ended.exit_code}; {detail}")
+        return replace(attempt, **fields)
+
+    def _decide(self, cause: str, ended: Ended, progress: Progress) -> tuple[str, str]:
+        """What follows, and why in words."""
+        if ended.requeued and cause != "finished":
+            return "leave", f"{cause}: the scheduler starts it again"
+        before = read_ledger(self._run)[:-1]
+        action, why = action_after(cause, progress.last_step, before, self._job.restart, joined=progress.joined)
+        gone = ended.job is not None and not ended.job.active
+        if gone and action in {"requeue", "hold"} and self._site.scheduler == "local":
+            return "leave", f"{cause}: the scheduler has given the job up; `hpcds resume` continues the run"
+        return action, why
 
     def _runner(self, number: int) -> Runner:
         job, logs = self._job, self._run.attempt_logs(number)
@@ -129,116 +189,82 @@ class Supervisor:
         argv = self._argv()
         if self._site.scheduler == "local":
             return LocalRunner(argv, environ, job.resources.world_size, logs, self._run.local / "step.json")
-        return SrunRunner(srun_command(argv, job.resources, self._site.srun), environ, logs)
+        command = srun_command(argv, job.resources, self._site.srun, components_of(os.environ))
+        return SrunRunner(command, environ, logs)
 
     def _argv(self) -> list[str]:
         if self._job.command is not None:
             return [*self._job.command, *self._job.args]
         return [python_of(self._job), "-u", str(self._job.script), *self._job.args]
 
-    def _run_ranks(self, runner: Runner) -> int:
+    def _run_ranks(self, runner: Runner, watch: Watch, close_early: Callable[[], object]) -> int:
         try:
             os.chdir(self._job.workdir or ".")  # ranks start there; this process started where no module is shadowed
             runner.start()
         except OSError as error:
             words = f"{error.strerror}: {error.filename}"
-            runner.failure = Failure(None, os.uname().nodename, 127, f"cannot be started: {words}", [])
+            runner.failure = Failure(None, node_name(), 127, f"cannot be started: {words}", [])
             return 127
-        while (exit_code := runner.poll()) is None:
-            woken = signal.sigtimedwait(_WAKE, _LOOK_EVERY_S)
-            if woken is not None and woken.si_signo in {signal.SIGTERM, signal.SIGINT}:
-                self._hear_the_end()
-                if self._told is not None and not self._told.active:
-                    runner.terminate()  # nobody else will: the scheduler has no such job any more
-            if time.monotonic() - self._deadline_at > _DEADLINE_EVERY_S:
-                self._refresh_deadline()
-        return exit_code
+        return watch.until_ended(runner, close_early)
 
-    def _hear_the_end(self) -> None:
-        """The scheduler told the whole job to end: ask why while it still knows."""
-        self._terminated = True
-        if self._told is None or self._told.state == "RUNNING":
-            self._told = self._ask(patience_s=0)
-
-    def _ask(self, patience_s: float = _ASK_FOR_S) -> JobState | None:
-        """What the scheduler says of this job; None when it says nothing for a while."""
-        deadline = time.monotonic() + patience_s
-        while True:
+    def _act(self, attempt: Attempt, ended: Ended) -> None:
+        """Let the run start again, or be held, and say so when that was seen."""
+        excluded = excluded_nodes(read_ledger(self._run), self._job.restart.max_excluded_nodes)
+        exclude = [*self._job.resources.exclude, *excluded] if excluded else []
+        if attempt.action in {"requeue", "hold"}:
             try:
-                return self._scheduler.show(self._job_id)
-            except SchedulerError as error:
-                _say(f"the scheduler does not answer: {error}")
-                if time.monotonic() > deadline:
-                    return None
-                time.sleep(1.0)
+                seen = self._queue_again(attempt, ended)
+            except RefusedError as error:
+                self._without_requeue(attempt, exclude, error)
+                return
+            say(f"{attempt.action}: {'the scheduler took it' if seen else 'asked for, not yet seen'}")
+            if exclude and self._talk.exclude(exclude):
+                say(f"the next attempt avoids {', '.join(excluded)}, which failed twice or more")
+            if not seen:
+                _hold_still()
+        elif exclude and ended.requeued:
+            self._talk.exclude(exclude)
 
-    def _refresh_deadline(self) -> None:
-        """The limit can be changed meanwhile; a scheduler that does not answer has not changed it."""
-        job = self._ask(patience_s=0)
-        self._deadline_at = time.monotonic()
-        if job is not None:
-            self._write_deadline(job)
+    def _queue_again(self, attempt: Attempt, ended: Ended) -> bool:
+        if attempt.action == "requeue" and ended.job is not None and not ended.job.may_requeue:
+            raise RefusedError(f"job {self._job_id}: was submitted with --no-requeue")
+        return self._talk.queue_again(str(attempt.action), ended.restarts_before)
 
-    def _write_deadline(self, job: JobState | None) -> None:
-        self._deadline_at = time.monotonic()
-        with contextlib.suppress(OSError):  # the warning signal says the same
-            if job is not None and job.end_time is not None:
-                write_atomic(self._run.deadline, f"{job.end_time - lead_s(self._job)} {job.end_time}\n")
-            else:
-                self._run.deadline.unlink(missing_ok=True)
-
-    def _act(self, action: str, restarts: int) -> None:
-        if action not in {"requeue", "hold"}:
+    def _without_requeue(self, attempt: Attempt, exclude: list[str], why: RefusedError) -> None:
+        """The job cannot be queued again: a job of its own goes on with the run when this one has ended."""
+        say(f"{attempt.action} is refused: {why}")
+        if attempt.action == "hold":
+            return  # the job ends, which is as good: the ledger says why, and `hpcds resume` goes on
+        try:
+            job_id = self._talk.submit_successor(self._run, exclude)
+        except RefusedError as error:
+            say(f"no successor either: {error}; `hpcds resume {self._run.root}` continues the run")
+            close_attempt(self._run, attempt.number, action="leave", detail=f"{attempt.detail}; but: {why}")
             return
-        ask = self._scheduler.requeue if action == "requeue" else self._scheduler.hold
-        deadline = time.monotonic() + _ASK_FOR_S
-        while True:
-            try:
-                ask(self._job_id)
-                break
-            except SchedulerError as error:
-                _say(f"{action} failed: {error}")
-                if self._queued_again(restarts):
-                    break
-                if time.monotonic() > deadline:
-                    _say(f"{action} was given up; `hpcds resume {self._run.root}` continues the run")
-                    return
-                time.sleep(2.0)
-        if self._queued_again(restarts):
-            _say(f"{action}: the scheduler took it")
-        else:
-            _say(f"{action}: asked for, not yet seen")
-            _hold_still()
+        note_job(self._run, self._site, job_id)
+        close_attempt(self._run, attempt.number, action="successor", detail=f"{attempt.detail}; as job {job_id}")
+        say(f"successor: job {job_id} goes on when this one has ended")
 
-    def _queued_again(self, restarts: int) -> bool:
-        """Look for a moment whether the scheduler really did it: only then is it said."""
-        for _ in range(_LOOKS):
-            job = self._ask(patience_s=0)
-            if job is not None and (job.restarts > restarts or job.held or job.state == "PENDING"):
-                return True
-            time.sleep(0.2)
-        return False
+
+def _end_in_environment() -> float | None:
+    """When Slurm 23.02 and later say that the job ends, where no scontrol can be asked."""
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdigit() else None
+
+
+def _blamed(cause: str, failure: Failure | None, watch: Watch, runner: Runner) -> str:
+    """The node that an end is blamed on: that was lost, whose rank was silent, or whose rank was killed."""
+    if cause == "node_failure":
+        return runner.lost_node
+    if cause == "hang" and watch.hang is not None:
+        return watch.hang.host
+    return failure.host if failure is not None and failure.exit_code > 128 else ""
 
 
 def _hold_still() -> None:
     """Wait to be ended: leaving before the scheduler has taken a requeue would end the job instead."""
     deadline = time.monotonic() + _HELD_STILL_FOR_S
     while time.monotonic() < deadline:
-        woken = signal.sigtimedwait(_WAKE, 1.0)
+        woken = signal.sigtimedwait(WAKE, 1.0)
         if woken is not None and woken.si_signo == signal.SIGTERM:
             return
-
-
-def _first(failure: Failure) -> str:
-    """Who failed first, how, and the last thing it said."""
-    if failure.rank is None:
-        return failure.how
-    said = [line.removeprefix(f"[rank{failure.rank}]: ").strip() for line in failure.last_lines if line.strip()]
-    words = f", {said[-1][:200]}" if said else ""
-    return f"rank {failure.rank} on {failure.host}: {in_words(failure.exit_code)}{words}"
-
-
-def _say(message: str) -> None:
-    """One line in the job's own log."""
-    sys.stderr.write(f"hpcds: {time.strftime('%H:%M:%S')} {message}\n")
-    sys.stderr.flush()

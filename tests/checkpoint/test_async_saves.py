@@ -463,7 +463,7 @@ def stopped(rank: int, situation: str, root: Path) -> dict[str, Any]:
 
 def deadline(root: Path, left_s: float) -> None:
     if math.isfinite(left_s):
-        (root / "deadline").write_text(f"{time.time()} {time.time() + left_s}")
+        (root / "deadline").write_text(f"{time.time() + left_s} {time.time() + left_s}")
 
 
 # seconds that a save took so far, until the end, what rank 1 is told with, where the threads of the save wait, and how

@@ -59,6 +59,7 @@ def test_a_running_job() -> None:
         end_time=seconds("2026-01-31T13:55:09"),
         nodes="n[1-2]",
         held=False,
+        start_time=seconds("2026-01-31T13:45:09"),
     )
 
 

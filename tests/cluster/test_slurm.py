@@ -11,7 +11,7 @@ from fakes import FakeShell, refusal
 from hpc_ds.cluster.parse import parse_time
 from hpc_ds.cluster.scheduler import JobState
 from hpc_ds.cluster.slurm import Slurm
-from hpc_ds.errors import CommandError, ParseError, SchedulerError, SubmitError
+from hpc_ds.errors import CommandError, NoProgramError, ParseError, RefusedError, SchedulerError, SubmitError
 from hpc_ds.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -111,6 +111,79 @@ def test_a_verb_that_slurm_refuses_is_an_error_with_its_words(verb: str) -> None
     shell = FakeShell({"sc": refusal("Job/step already completing or completed for job 25")})
     with pytest.raises(SchedulerError, match="already completing or completed"):
         getattr(Slurm(shell), verb)("25")
+
+
+# What Slurm 22.05 says to a requeue -> whether asking again would help.
+ANSWERS = {
+    "Requested operation is presently disabled for job 11": RefusedError,
+    "Job is no longer pending execution for job 4": RefusedError,
+    "Invalid job id specified": RefusedError,
+    "slurm_requeue error: Unable to contact slurm controller (connect failure)": CommandError,
+    "Socket timed out on send/recv operation": CommandError,
+    "Slurm backup controller in standby mode": CommandError,
+    "Zero Bytes were transmitted or received": CommandError,
+}
+
+
+@pytest.mark.parametrize(("words", "error"), ANSWERS.items())
+def test_a_decision_is_told_from_an_absence(words: str, error: type[Exception]) -> None:
+    slurm = Slurm(FakeShell({"scontrol requeue": refusal(words)}))
+    with pytest.raises(error, match=words.split(" ", maxsplit=1)[0]) as caught:
+        slurm.requeue("11")
+    assert isinstance(caught.value, RefusedError) == (error is RefusedError)
+
+
+def test_a_machine_without_scontrol_is_told_from_both() -> None:
+    absent = NoProgramError(["scontrol"], None, "", "scontrol: no such program on PATH")
+    with pytest.raises(NoProgramError):
+        Slurm(FakeShell({"scontrol requeue": absent})).requeue("11")
+
+
+def test_nodes_are_excluded_where_enough_are_left() -> None:
+    job = "JobId=11 JobState=PENDING Partition=main NumNodes=2-2 Command=/x"
+    shell = FakeShell(
+        {
+            "scontrol show job": job,
+            "sinfo --noheader --Node": "n1 idle\nn2 mixed\nn3 down*\nn4 idle*\nn5 drained\nn6 allocated\n",
+            "scontrol update": "",
+        }
+    )
+    Slurm(shell).exclude("11", ["n1"])
+    assert shell.commands[-1] == ["scontrol", "update", "JobId=11", "ExcNodeList=n1"]
+    with pytest.raises(RefusedError, match="job 11: of its partition only 1 nodes would be left, and it needs 2"):
+        Slurm(shell).exclude("11", ["n1", "n2"])
+
+
+def test_a_successor_starts_when_the_job_has_ended(tmp_path: Path) -> None:
+    shell = FakeShell({"sbatch": "26\n"})
+    run = RunDir(tmp_path)
+    assert Slurm(shell).submit(run, after="44_1", exclude=["n3", "n4"]) == "26"
+    assert shell.commands == [
+        ["sbatch", "--parsable", "--dependency=afterany:44_1", "--exclude=n3,n4", str(run.script)]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "seconds"),
+    [("KillOnBadExit = 0\nKillWait                = 8 sec\n", 8.0), ("", 30.0), (refusal("no controller"), 30.0)],
+)
+def test_how_long_slurm_waits_before_it_kills(config: Answer, seconds: float) -> None:
+    assert Slurm(FakeShell({"scontrol show config": config})).kill_wait_s() == seconds
+
+
+@pytest.mark.parametrize(
+    ("state", "down"), [("idle", False), ("mixed", False), ("mixed*", True), ("down", True), ("drained", True)]
+)
+def test_a_node_that_does_not_answer_is_down(state: str, down: bool) -> None:
+    assert Slurm(FakeShell({"sinfo": f"{state}\n"})).is_down("n1") is down
+
+
+def test_nobody_knows_of_a_node_when_slurm_is_away() -> None:
+    assert not Slurm(FakeShell({"sinfo": refusal("Unable to contact slurm controller")})).is_down("n1")
+
+
+def test_a_task_that_is_not_there_is_no_job() -> None:
+    assert Slurm(FakeShell({"scontrol show job": refusal("Job 8_9 not found")})).show("8_9") is None
 
 
 # As Slurm 22.05 printed them for two nodes of a job, held ones, tasks of an array, and one that ended.

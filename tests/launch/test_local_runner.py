@@ -13,8 +13,9 @@ import pytest
 
 from hpc_ds.cluster import process
 from hpc_ds.launch import local
+from hpc_ds.launch.failure import Failure, first_failure, in_words, last_lines
 from hpc_ds.launch.local import LocalRunner
-from hpc_ds.launch.runner import CHECKPOINTED, Failure, in_words, last_lines
+from hpc_ds.launch.runner import CHECKPOINTED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,6 +67,10 @@ class Bench:
     def log(self, rank: int) -> str:
         return (self.logs / f"rank-{rank}.log").read_text()
 
+    def failure(self, runner: LocalRunner) -> Failure | None:
+        """Who failed first."""
+        return first_failure(runner.ends, self.logs / "failures", self.logs)
+
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
@@ -89,7 +94,7 @@ SLEEP = "time.sleep(60)"
 def test_all_ranks_finish(bench: Bench) -> None:
     runner = bench.start("pass", "pass", "pass")
     assert outcome(runner) == 0
-    assert runner.failure is None
+    assert bench.failure(runner) is None
     assert runner.poll() == 0, "asked again, it says the same"
 
 
@@ -118,22 +123,24 @@ def test_one_failure_ends_the_others_and_is_named(bench: Bench) -> None:
     runner = bench.start(SLEEP, "print('\\n'.join(map(str, range(30)))); sys.exit(3)", SLEEP)
     assert outcome(runner) == 3
     expected = Failure(1, os.uname().nodename, 3, "exit code 3", [str(number) for number in range(10, 30)])
-    assert runner.failure == expected
+    assert bench.failure(runner) == expected
     assert [rank.returncode for rank in runner._ranks] == [-15, 3, -15]
 
 
 def test_a_traceback_is_the_last_words_of_a_rank(bench: Bench) -> None:
     runner = bench.start("raise ValueError('no such file')")
     assert outcome(runner) == 1
-    assert runner.failure is not None
-    assert runner.failure.last_lines[-1] == "ValueError: no such file"
+    failure = bench.failure(runner)
+    assert failure is not None
+    assert failure.last_lines[-1] == "ValueError: no such file"
 
 
 def test_a_killed_rank_is_named_with_its_signal(bench: Bench) -> None:
     runner = bench.start(SLEEP, "os.kill(os.getpid(), signal.SIGKILL)")
     assert outcome(runner) == 137
-    assert runner.failure is not None
-    assert (runner.failure.rank, runner.failure.how) == (1, "killed by SIGKILL (out of memory?)")
+    failure = bench.failure(runner)
+    assert failure is not None
+    assert (failure.rank, failure.how) == (1, "killed by SIGKILL (out of memory?)")
 
 
 def test_of_two_failures_seen_together_the_signal_is_the_cause(bench: Bench) -> None:
@@ -141,8 +148,9 @@ def test_of_two_failures_seen_together_the_signal_is_the_cause(bench: Bench) -> 
     for rank in runner._ranks:
         rank.wait()
     assert runner.poll() == 139
-    assert runner.failure is not None
-    assert (runner.failure.rank, runner.failure.how) == (1, "killed by SIGSEGV")
+    failure = bench.failure(runner)
+    assert failure is not None
+    assert (failure.rank, failure.how) == (1, "killed by SIGSEGV")
 
 
 # How the ranks end -> the exit code of all together.
@@ -159,7 +167,7 @@ MIXES = {
 def test_the_exit_code_of_all_ranks_together(codes: tuple[int, ...], expected: int, bench: Bench) -> None:
     runner = bench.start(*(f"sys.exit({code})" for code in codes))
     assert outcome(runner) == expected
-    assert (runner.failure is None) == (expected in {0, CHECKPOINTED})
+    assert (bench.failure(runner) is None) == (expected in {0, CHECKPOINTED})
 
 
 def test_a_rank_that_saves_after_another_one_failed_does_not_hide_the_failure(bench: Bench) -> None:
@@ -175,8 +183,9 @@ def test_a_rank_that_ignores_the_end_is_killed(bench: Bench, monkeypatch: pytest
     runner = bench.start(deaf, "[time.sleep(0.01) for _ in iter(lambda: os.path.exists('ready'), True)]; sys.exit(3)")
     assert outcome(runner) == 3
     assert [rank.returncode for rank in runner._ranks] == [-9, 3]
-    assert runner.failure is not None
-    assert runner.failure.rank == 1
+    failure = bench.failure(runner)
+    assert failure is not None
+    assert failure.rank == 1
 
 
 def test_ranks_that_are_told_to_end_end(bench: Bench) -> None:
@@ -184,8 +193,7 @@ def test_ranks_that_are_told_to_end_end(bench: Bench) -> None:
     runner.terminate()
     runner.terminate()
     assert outcome(runner) == 143
-    assert runner.failure is not None
-    assert runner.failure.how == "killed by SIGTERM"
+    assert bench.failure(runner) is None, "nobody failed"
 
 
 def test_ranks_hear_signals_though_their_starter_blocks_them(bench: Bench) -> None:

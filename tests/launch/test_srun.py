@@ -14,7 +14,8 @@ from fakes import fake_program
 from hpc_ds.config.job import Resources
 from hpc_ds.config.model import check
 from hpc_ds.launch import srun
-from hpc_ds.launch.runner import CHECKPOINTED, Failure
+from hpc_ds.launch.failure import Failure, first_failure
+from hpc_ds.launch.runner import CHECKPOINTED
 from hpc_ds.launch.srun import SrunRunner, exit_code_of, srun_command
 
 if TYPE_CHECKING:
@@ -117,6 +118,10 @@ class Bench:
         runner.start()
         return runner
 
+    def failure(self, runner: SrunRunner) -> Failure | None:
+        """Who failed first."""
+        return runner.failure or first_failure(runner.ends, self.folder / "failures", self.logs)
+
     def end(self) -> None:
         for runner in self._runners:
             if runner._srun is not None:
@@ -204,7 +209,7 @@ ENDS: dict[str, tuple[str, int, tuple[int | None, str, int, str] | None]] = {
 def test_how_a_step_ends(text: str, code: int, failure: tuple[int | None, str, int, str] | None, bench: Bench) -> None:
     runner = bench.start(text)
     assert outcome(runner) == code
-    found = runner.failure
+    found = bench.failure(runner)
     assert (None if found is None else (found.rank, found.host, found.exit_code, found.how)) == failure
     assert outcome(runner) == code, "asked again, it says the same"
 
@@ -212,15 +217,16 @@ def test_how_a_step_ends(text: str, code: int, failure: tuple[int | None, str, i
 def test_the_words_of_a_launcher_that_failed_are_kept(bench: Bench) -> None:
     runner = bench.start(say("Unable to create step for job 25: Requested nodes are busy") + "exit 1")
     outcome(runner)
-    assert runner.failure is not None
-    assert runner.failure.last_lines == ["srun: error: Unable to create step for job 25: Requested nodes are busy"]
+    failure = bench.failure(runner)
+    assert failure is not None
+    assert failure.last_lines == ["srun: error: Unable to create step for job 25: Requested nodes are busy"]
 
 
 def test_the_last_words_of_the_rank_that_failed_are_kept(bench: Bench) -> None:
     text = 'echo "Traceback" > "$FOLDER/logs/rank-2.log"; ' + say("n2: task 2: Exited with exit code 1") + "exit 1"
     runner = bench.start(text)
     outcome(runner)
-    assert runner.failure == Failure(2, "n2", 1, "exit code 1", ["Traceback"])
+    assert bench.failure(runner) == Failure(2, "n2", 1, "exit code 1", ["Traceback"])
 
 
 def test_why_slurm_ended_the_step_is_kept(bench: Bench) -> None:
@@ -239,14 +245,15 @@ def test_words_of_an_earlier_start_are_not_read_again(bench: Bench) -> None:
     (bench.logs / "launcher.log").write_text("srun: error: n1: task 0: Killed\n")
     runner = bench.start("exit 0")
     assert outcome(runner) == 0
-    assert runner.failure is None
+    assert bench.failure(runner) is None
 
 
 def test_a_message_that_comes_in_two_pieces_is_one(bench: Bench) -> None:
     runner = bench.start("printf 'srun: error: n1: ta' >&2; sleep 0.3; echo 'sk 1: Killed' >&2; exit 137")
     assert outcome(runner) == 137
-    assert runner.failure is not None
-    assert (runner.failure.rank, runner.failure.host) == (1, "n1")
+    failure = bench.failure(runner)
+    assert failure is not None
+    assert (failure.rank, failure.host) == (1, "n1")
 
 
 def polled_until(runner: SrunRunner, condition: Callable[[], object]) -> None:
@@ -263,19 +270,20 @@ def test_the_others_are_ended_after_a_failure(bench: Bench) -> None:
         + say("n1: task 1: Exited with exit code 3")
         + "while true; do sleep 0.05; done"
     )
-    polled_until(runner, lambda: runner.failure is not None)
+    polled_until(runner, lambda: bool(runner.ends))
     assert not (bench.folder / "told").exists(), "the others get time to say what they saw"
     assert outcome(runner) == 3
     assert (bench.folder / "told").exists()
-    assert runner.failure is not None
-    assert runner.failure.rank == 1
+    failure = bench.failure(runner)
+    assert failure is not None
+    assert failure.rank == 1
 
 
 def test_ranks_that_save_are_given_their_time(bench: Bench) -> None:
     """75 is no failure: nobody is ended because another one has saved already."""
     runner = bench.start(say("n1: task 1: Exited with exit code 75") + "sleep 0.8; exit 75")
     assert outcome(runner) == CHECKPOINTED
-    assert runner.failure is None
+    assert bench.failure(runner) is None
 
 
 def test_a_launcher_that_ignores_the_end_is_killed(bench: Bench) -> None:
@@ -293,7 +301,8 @@ def test_a_step_that_is_told_to_end_ends(bench: Bench) -> None:
     runner.terminate()
     runner.terminate()
     assert outcome(runner) == 143
-    assert runner.failure is not None
+    failure = bench.failure(runner)
+    assert failure is not None
 
 
 def test_words_and_environment_reach_srun(bench: Bench) -> None:

@@ -1,18 +1,15 @@
-"""The request to stop: a signal sets a flag and does nothing else; a deadline does the same."""
+"""The request to stop: a signal sets a flag and does nothing else; loops without the engine ask all ranks at once."""
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from hpc_ds.run_dir import RunDir, write_json
-from hpc_ds.runtime import preemption
-from hpc_ds.runtime.preemption import EXIT_CODE, Preempted, _Request
+from hpc_ds.run_dir import RunDir, read_lines, write_json
+from hpc_ds.runtime.preemption import EXIT_CODE, Preempted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +31,7 @@ def rank(folder: Path, program: str, *, in_run: bool = True, signal_name: str | 
         write_json(RunDir(folder).config, {"restart": {"signal": signal_name}})
     environ = {"HPCDS_RUN_DIR": str(folder)} if in_run else {}
     done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + program], env=environ, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", PRELUDE + program], env=environ, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.stderr == ""
     return done.returncode, done.stdout
@@ -129,67 +126,130 @@ def test_a_script_that_does_not_catch_it_ends_with_75(tmp_path: Path) -> None:
     assert rank(tmp_path, "raise preemption.Preempted('checkpointed step 3')") == (75, "")
 
 
-DEADLINES = {
-    "past": (lambda: f"{time.time() - 1} {time.time() + 9}", "deadline"),
-    "past, with a line end": (lambda: f"{time.time() - 1} {time.time() + 9}\n", "deadline"),
-    "to come": (lambda: f"{time.time() + 100} {time.time() + 110}", None),
-    "nothing": (lambda: "", None),
-    "one number": (lambda: str(time.time() - 1), None),
-    "no number": (lambda: "soon later", None),
-    "no time": (lambda: "nan nan", None),
-}
+# children
 
 
-@pytest.mark.parametrize(("text", "by"), DEADLINES.values(), ids=DEADLINES)
-def test_a_deadline_that_has_passed_is_a_request(
-    text: object, by: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "deadline").write_text(text())  # type: ignore[operator]
-    monkeypatch.setenv("HPCDS_DEADLINE", str(tmp_path / "deadline"))
-    request = _Request()
-    request.look_at_the_clock()
-    assert request.by == by
+CHILD = """
+def in_child(act):
+    pid = os.fork()
+    if pid == 0:
+        act()
+        os._exit(7)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+preemption.listen()
+preemption.attend(0, 1)
+"""
 
 
-def test_a_deadline_that_is_not_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = _Request()
-    request.look_at_the_clock()
-    monkeypatch.setenv("HPCDS_DEADLINE", str(tmp_path / "none"))
-    request.look_at_the_clock()
-    assert request.by is None
+def test_sigterm_ends_a_forked_child_as_whoever_forked_it_expects(tmp_path: Path) -> None:
+    assert rank(tmp_path, CHILD + "in_child(lambda: tell('SIGTERM')); say()") == (0, "-15\nFalse another rank\n")
 
 
-def test_the_clock_is_looked_at_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [1000.0]
-    monkeypatch.setattr(preemption.time, "monotonic", lambda: clock[0])
-    monkeypatch.setenv("HPCDS_DEADLINE", str(tmp_path / "deadline"))
-    request = _Request()
-    request.look_at_the_clock()
-    (tmp_path / "deadline").write_text("0 1")
-    request.look_at_the_clock()
-    assert request.by is None, "it was looked at a moment ago"
-    clock[0] += 5.1
-    request.look_at_the_clock()
-    assert request.by == "deadline"
+def test_the_warning_does_not_end_a_forked_child(tmp_path: Path) -> None:
+    assert rank(tmp_path, CHILD + "in_child(lambda: tell('SIGUSR2')); say()") == (0, "7\nFalse another rank\n")
 
 
-def test_a_signal_is_not_overruled_by_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "deadline").write_text("0 1")
-    monkeypatch.setenv("HPCDS_DEADLINE", str(tmp_path / "deadline"))
-    request = _Request()
-    request.hear(15, None)
-    request.look_at_the_clock()
-    assert request.by == "SIGTERM"
+def test_what_a_child_hears_is_not_heard_by_its_parent(tmp_path: Path) -> None:
+    """A child has a handler of its own for a signal that its parent listens to: its number must not get into the pipe."""
+    program = """
+def hear_by_itself():
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    tell('SIGTERM')
+in_child(hear_by_itself)
+tell('SIGUSR2')
+while preemption._request.by is None:
+    time.sleep(0.01)
+say()
+"""
+    assert rank(tmp_path, CHILD + program) == (0, "7\nTrue SIGUSR2\n")
 
 
-def test_the_time_left_is_known_from_what_told_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = _Request()
-    monkeypatch.setattr(preemption, "_request", request)
-    assert preemption.seconds_left() == math.inf
-    (tmp_path / "deadline").write_text(f"{time.time() - 1} {time.time() + 600}")
-    monkeypatch.setenv("HPCDS_DEADLINE", str(tmp_path / "deadline"))
-    assert 500 < preemption.seconds_left() <= 600
-    request.hear(15, None)  # SIGTERM: the scheduler ends the job now, whatever its time limit
-    assert 0 < preemption.seconds_left() <= 30
-    request.at -= 100
-    assert preemption.seconds_left() == 0
+def test_a_script_keeps_the_handler_that_it_has_set_since(tmp_path: Path) -> None:
+    program = """
+signal.signal(signal.SIGTERM, lambda *_: print('of the script', flush=True))
+in_child(lambda: tell('SIGTERM'))
+"""
+    assert rank(tmp_path, CHILD + program) == (0, "of the script\n7\n")
+
+
+WORKERS = """
+import torch
+class Pids(torch.utils.data.Dataset):
+    def __len__(self):
+        return 40
+    def __getitem__(self, index):
+        return os.getpid()
+preemption.listen()
+preemption.attend(0, 1)
+batches = iter(torch.utils.data.DataLoader(Pids(), 1, num_workers=2, worker_init_fn=preemption.ignore_in_worker))
+workers = {int(next(batches)), int(next(batches))}
+for worker in workers:
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
+        os.kill(worker, number)
+print(len(workers), {int(batch) for batch in batches} == workers)
+say()
+"""
+
+
+def test_workers_of_a_data_loader_survive_what_the_scheduler_sends_to_all_processes(tmp_path: Path) -> None:
+    assert rank(tmp_path, WORKERS) == (0, "2 True\nFalse another rank\n")
+
+
+# loops without the engine
+
+
+def test_who_asks_listens_also_outside_of_a_run(tmp_path: Path) -> None:
+    program = """
+print(preemption.requested())
+tell('SIGTERM', 'SIGCONT', 'SIGTERM')
+print(preemption.requested(), preemption.requested(), preemption.told_by())
+raise preemption.Preempted
+"""
+    for in_run in (False, True):
+        assert rank(tmp_path, program, in_run=in_run) == (75, "False\nTrue True SIGTERM\n")
+
+
+def test_the_warning_signal_of_the_job_is_what_is_listened_to(tmp_path: Path) -> None:
+    program = "print(preemption.requested()); tell('SIGUSR1'); print(preemption.requested())"
+    assert rank(tmp_path, program, signal_name="USR1") == (0, "False\nTrue\n")
+    assert rank(tmp_path, "preemption.requested(); tell('SIGUSR2')", signal_name="USR1") == (-12, "")
+
+
+def test_to_ask_loads_no_torch(tmp_path: Path) -> None:
+    program = """
+import hpc_ds
+hpc_ds.preemption.requested()
+hpc_ds.preemption.step(1, 0.5)
+print('torch' in sys.modules, hpc_ds.preemption is preemption)
+"""
+    assert rank(tmp_path, program) == (0, "False True\n")
+
+
+def test_steps_and_saves_are_told_to_the_run(tmp_path: Path) -> None:
+    program = """
+os.environ['HPCDS_ATTEMPT'] = '4'
+class Scalar:
+    def __float__(self):
+        return 1.5
+preemption.step(11, Scalar())
+preemption.step(12, float('nan'))
+preemption.step(13)
+preemption.saved(13, 0.25)
+from hpc_ds.runtime.progress import progress
+print(progress.step)
+"""
+    assert rank(tmp_path, program) == (0, "13\n")
+    lines = read_lines(RunDir(tmp_path).events)
+    assert [(line["event"], line["attempt"], line["step"]) for line in lines] == [
+        ("step", 4, 11), ("step", 4, 12), ("step", 4, 13), ("saved", 4, 13),
+    ]  # fmt: skip
+    assert [line["loss"] for line in lines[:3]] == [1.5, None, None]
+    assert all(line["seconds"] >= 0 for line in lines)
+    assert set(lines[0]) >= {"lr", "grad_norm", "time"}
+
+
+def test_steps_are_told_by_rank_0_alone_and_by_nobody_outside_of_a_run(tmp_path: Path) -> None:
+    other = "os.environ.update(RANK='1', LOCAL_RANK='1', WORLD_SIZE='2');"
+    assert rank(tmp_path, other + "preemption.step(1, 0.5); preemption.saved(1)") == (0, "")
+    assert rank(tmp_path, "preemption.step(1, 0.5); preemption.saved(1)", in_run=False) == (0, "")
+    assert not RunDir(tmp_path).events.exists()

@@ -94,6 +94,37 @@ def test_a_dead_node_ends_its_job_and_can_return(slurm_cluster: SlurmCluster) ->
     assert slurm_cluster.run("srun", "--nodelist=n4", "hostname").returncode == 0
 
 
+def test_jobs_outlive_a_restart_of_the_controller(slurm_cluster: SlurmCluster) -> None:
+    script = "#!/bin/bash\necho ready\nsrun bash -c 'until [[ -e go ]]; do sleep 0.2; done'\n"
+    (slurm_cluster.jobs_folder / "go").unlink(missing_ok=True)
+    job_id = slurm_cluster.submit(script, "--nodes=2")
+    slurm_cluster.wait_for(lambda: "ready" in slurm_cluster.output(job_id), 30, "the job's start")
+    slurm_cluster.stop_slurmctld()
+    slurm_cluster.start_slurmctld()
+    assert slurm_cluster.job(job_id)["JobState"] == "RUNNING"
+    (slurm_cluster.jobs_folder / "go").touch()
+    assert slurm_cluster.wait_for_state(job_id, "COMPLETED", 60)["Restarts"] == "0"
+
+
+def test_without_accounting_sacct_says_so(slurm_cluster: SlurmCluster) -> None:
+    done = slurm_cluster.run("sacct", check=False)
+    assert "accounting storage is disabled" in done.stdout + done.stderr
+
+
+def test_with_accounting_sacct_knows_the_jobs(accounting_cluster: SlurmCluster) -> None:
+    job_id = accounting_cluster.submit("#!/bin/bash\nsrun true\n", "--account=lab")
+    accounting_cluster.wait_for_state(job_id, "COMPLETED")
+
+    def answer() -> list[str]:
+        done = accounting_cluster.run("sacct", "-n", "-X", "-P", "-j", job_id, "-o", "Account,State,NNodes")
+        return done.stdout.splitlines()
+
+    accounting_cluster.wait_for(lambda: answer() == ["lab|COMPLETED|1"], 30, "the job in sacct")
+    table = harness._process_table()
+    names = {table[pid].name for pid in accounting_cluster.processes() if pid in table}
+    assert {"mariadbd", "slurmdbd"} <= names, "else stop would not find them"
+
+
 def test_stop_ends_every_process_even_of_stubborn_jobs(tmp_path: Path) -> None:
     deep = tmp_path / ("deep" * 20)  # sockets would not fit: the cluster moves itself to a short folder
     cluster = SlurmCluster(deep, nodes=1)

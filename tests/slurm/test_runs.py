@@ -81,7 +81,7 @@ def test_two_nodes_with_two_ranks_each_train_and_finish(undisturbed: Run) -> Non
     status = undisturbed.status()
     assert (status["state"], status["step"], status["steps_lost"]) == ("finished", STEPS, 0)
     assert [attempt["nodes"] for attempt in status["attempts"]] == ["n[1-2]"]
-    logs = sorted(path.name for path in (undisturbed.folder / "logs" / "attempt-1").iterdir())
+    logs = sorted(path.name for path in (undisturbed.folder / "logs" / "attempt-1").glob("*.log"))
     assert logs == ["launcher.log", "rank-0.log", "rank-1.log", "rank-2.log", "rank-3.log"]
     losses = [loss for loss, _, _ in undisturbed.losses().values()]
     assert losses[-1] < losses[0] - 1.5

@@ -11,7 +11,8 @@ from hpc_ds.checkpoint import writer
 from hpc_ds.checkpoint.shards import Shard
 from hpc_ds.report.status import status_of
 from hpc_ds.run_dir import RunDir, append_line, read_lines, write_json
-from hpc_ds.supervise.ledger import Attempt, close_attempt, open_attempt, read_ledger, steps_of
+from hpc_ds.supervise.ledger import Attempt, close_attempt, open_attempt, outcome, read_ledger
+from hpc_ds.supervise.progress import Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path)
+
+
+def achieved(run: RunDir, number: int) -> dict[str, Any]:
+    """What the ledger would say of an attempt, from all that was written."""
+    progress = Progress(run, number, from_begin=True)
+    progress.update()
+    return outcome(run, 0.0, progress)
 
 
 def event(run: RunDir, kind: str, attempt: int, step: int, **fields: Any) -> None:
@@ -69,6 +77,15 @@ def test_an_attempt_that_was_never_closed_is_closed_as_lost_by_the_next(run: Run
     assert (new.cause, new.job_id) == (None, "26")
 
 
+def test_an_attempt_whose_node_is_down_was_lost_with_it(run: RunDir) -> None:
+    open_attempt(run, "25", "n1", "n[1-2]")
+    open_attempt(run, "25", "n3", "n[3-4]", is_down=lambda node: node == "n1")
+    lost = read_ledger(run)[0]
+    assert (lost.cause, lost.node, lost.detail) == (
+        "node_failure", "n1", "node n1 was lost, and the supervisor with it",
+    )  # fmt: skip
+
+
 def test_an_attempt_that_was_closed_stays_as_it_is(run: RunDir) -> None:
     open_attempt(run, "25", "n1", "n1")
     close_attempt(run, 1, cause="crashed", action="hold", detail="why")
@@ -94,26 +111,39 @@ def test_lines_of_another_version_do_no_harm(run: RunDir) -> None:
 
 
 def test_the_steps_of_an_attempt(run: RunDir) -> None:
-    assert steps_of(run, 1) == {"first_step": None, "last_step": None, "saved_step": None}
+    nothing = dict.fromkeys(("first_step", "last_step", "saved_step", "first_step_s", "step_s", "save_s"))
+    assert achieved(run, 1) == {**nothing, "lost_s": 0.0}
     for step in range(1, 6):
-        event(run, "step", 1, step)
-    event(run, "saved", 1, 4)
+        event(run, "step", 1, step, seconds=step / 10, time=100.0 + step)
+        if step == 4:
+            event(run, "saved", 1, 4, seconds=2.5)
     event(run, "resumed", 2, 4)
-    event(run, "step", 2, 5)
-    event(run, "step", 2, 6)
-    assert steps_of(run, 1) == {"first_step": 1, "last_step": 5, "saved_step": 4}
-    assert steps_of(run, 2) == {"first_step": 5, "last_step": 6, "saved_step": 4}
-    event(run, "saved", 2, 6)
-    assert steps_of(run, 1)["saved_step"] == 4
-    assert steps_of(run, 2)["saved_step"] == 6
-    assert steps_of(run, 3) == {"first_step": None, "last_step": None, "saved_step": 6}
+    event(run, "step", 2, 5, seconds=9.0, time=200.0)
+    event(run, "step", 2, 6, seconds=0.2)
+    first, second = achieved(run, 1), achieved(run, 2)
+    assert first == {
+        "first_step": 1, "last_step": 5, "saved_step": 4, "first_step_s": 101.0, "step_s": 0.5, "save_s": 2.5, "lost_s": 0.5,
+    }  # fmt: skip
+    assert (second["first_step"], second["last_step"], second["saved_step"]) == (5, 6, 4)
+    assert second["step_s"] == 0.2, "the first step waits for caches and compilers"
+    event(run, "saved", 2, 6, seconds=1.0)
+    assert achieved(run, 1)["saved_step"] == 4
+    assert achieved(run, 2)["saved_step"] == 6
+    assert achieved(run, 3)["saved_step"] == 6
+
+
+def test_what_an_attempt_before_has_saved_stays_known(run: RunDir) -> None:
+    """A script that saves elsewhere, and has written more since than the end of the file holds."""
+    open_attempt(run, "25", "n1", "n1")
+    close_attempt(run, 1, cause="preempted", saved_step=3)
+    assert achieved(run, 2)["saved_step"] == 3
 
 
 def test_an_event_torn_by_a_crash_does_no_harm(run: RunDir) -> None:
     event(run, "step", 1, 1)
     with run.events.open("ab") as file:
         file.write(b'{"event": "step", "attempt": 1, "st')
-    assert steps_of(run, 1)["last_step"] == 1
+    assert achieved(run, 1)["last_step"] == 1
 
 
 def test_a_lost_attempt_ended_with_its_last_sign_of_life(run: RunDir) -> None:
@@ -141,7 +171,7 @@ def save(folder: Path, step: int) -> Path:
 
 def known(run: RunDir, number: int) -> tuple[int | None, int | None]:
     """What the ledger and the status say."""
-    return steps_of(run, number)["saved_step"], status_of(run).saved_step
+    return achieved(run, number)["saved_step"], status_of(run).saved_step
 
 
 def test_a_save_that_nobody_was_left_to_write_of_counts(run: RunDir) -> None:

@@ -12,12 +12,11 @@ from hpc_ds.supervise.ledger import Attempt
 from hpc_ds.supervise.policy import Ended, action_after, cause_of
 
 NOW = 1_000_000.0
-LEAD = 60
-FAR, NEAR = NOW + 3600, NOW + LEAD
+FAR = NOW + 3600
 
 
 def ended(exit_code: int, job: JobState | None, **known: Any) -> Ended:
-    usual = {"restarts_before": 0, "terminated": False, "due_to": None, "lead_s": LEAD, "now": NOW}
+    usual = {"restarts_before": 0, "terminated": False, "due_to": None}
     return Ended(exit_code=exit_code, job=job, **{**usual, **known})
 
 
@@ -39,7 +38,13 @@ CAUSES: dict[str, tuple[Ended, str]] = {
     "preempted without grace, in srun's words": (ended(137, AGAIN, due_to="PREEMPTION"), "preempted"),
     "a lost node, in srun's words": (ended(137, AGAIN, due_to="NODE FAILURE"), "node_failure"),
     "words that say nothing of a cause": (ended(137, AGAIN, due_to="JOB REQUEUE"), "requeued"),
-    "words without a restart": (ended(137, RUNNING, due_to="NODE FAILURE"), "crashed"),
+    "a lost node, in srun's words only": (ended(137, RUNNING, due_to="NODE FAILURE"), "node_failure"),
+    "preempted where nothing is queued again, in srun's words": (
+        ended(143, JobState("COMPLETING"), due_to="PREEMPTION", terminated=True),
+        "preempted",
+    ),
+    "preempted, no word but srun's": (ended(143, None, due_to="PREEMPTION", terminated=True), "preempted"),
+    "a time limit, no word but srun's": (ended(143, None, due_to="TIME LIMIT", terminated=True), "walltime"),
     "a time limit, in srun's words": (
         ended(143, JobState("COMPLETING", reason="TimeLimit"), due_to="TIME LIMIT", terminated=True),
         "walltime",
@@ -47,13 +52,16 @@ CAUSES: dict[str, tuple[Ended, str]] = {
     "restarts of before do not count": (ended(1, JobState("RUNNING", restarts=2), restarts_before=2), "crashed"),
     "time limit, word of the reason": (ended(143, JobState("COMPLETING", reason="TimeLimit")), "walltime"),
     "time limit, word of the state": (ended(143, JobState("TIMEOUT")), "walltime"),
-    "saved before the limit": (ended(75, JobState("RUNNING", end_time=NEAR)), "walltime"),
-    "saved a minute and a half early": (ended(75, JobState("RUNNING", end_time=NOW + LEAD + 89)), "walltime"),
-    "saved long before the limit": (ended(75, JobState("RUNNING", end_time=NOW + LEAD + 91)), "stopped"),
+    "saved near the limit": (ended(75, RUNNING, near_limit=True), "walltime"),
+    "saved long before the limit": (ended(75, RUNNING), "stopped"),
+    "saved near the limit, no word": (ended(75, None, near_limit=True), "walltime"),
+    "not saved when the job was about to be killed": (ended(137, RUNNING, near_limit=True, overdue=True), "walltime"),
+    "stood still": (ended(137, RUNNING, hung=True), "hang"),
+    "stood still while the scheduler ended it": (ended(137, JobState("COMPLETING"), hung=True), "hang"),
     "saved without a limit": (ended(75, JobState("RUNNING")), "stopped"),
     "saved, no word": (ended(75, None), "stopped"),
     "saved, no word, told to end": (ended(75, None, terminated=True), "stopped"),
-    "crashed near the limit": (ended(1, JobState("RUNNING", end_time=NEAR)), "crashed"),
+    "crashed near the limit": (ended(1, RUNNING, near_limit=True), "crashed"),
     "scancel": (ended(143, JobState("COMPLETING", end_time=NOW), terminated=True), "cancelled"),
     "scancel, saved in time": (ended(75, JobState("COMPLETING", end_time=NOW), terminated=True), "cancelled"),
     "scancel, over": (ended(143, JobState("CANCELLED")), "cancelled"),

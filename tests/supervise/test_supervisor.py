@@ -12,10 +12,10 @@ from hpc_ds.cluster.scheduler import JobState
 from hpc_ds.config.job import JobConfig
 from hpc_ds.config.load import load_site
 from hpc_ds.config.model import check
-from hpc_ds.errors import CommandError, RunError
-from hpc_ds.run_dir import RunDir, append_line, write_json
-from hpc_ds.supervise import supervisor
-from hpc_ds.supervise.ledger import read_ledger
+from hpc_ds.errors import CommandError, NoProgramError, RefusedError, RunError, SubmitError
+from hpc_ds.run_dir import RunDir, read_object, write_json
+from hpc_ds.supervise import supervisor, talk, watch
+from hpc_ds.supervise.ledger import close_attempt, open_attempt, read_ledger
 from hpc_ds.supervise.supervisor import Supervisor, supervise
 
 if TYPE_CHECKING:
@@ -25,16 +25,20 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 
 RUNNING = JobState("RUNNING", nodes="vm")
+STEP_7 = (
+    "import os; open(os.environ['HPCDS_RUN_DIR'] + '/events.jsonl', 'a').write("
+    '\'{"event": "step", "attempt": 1, "step": 7, "loss": 1.0}\\n\')'
+)
 DOWN = CommandError(["scontrol"], 1, "Unable to contact slurm controller")
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "_LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr(supervisor, "_ASK_FOR_S", 0.0)
-    monkeypatch.setattr(Supervisor._ask, "__defaults__", (0.0,))
-    monkeypatch.setattr(supervisor, "_HELD_STILL_FOR_S", 0.0)
-    monkeypatch.setattr(supervisor, "_LOOKS", 1)
+    monkeypatch.setattr(watch, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(talk, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(talk, "_LOOKS", 1)
+    for name in ("_ANSWER_AT_START_S", "_ANSWER_AT_END_S", "_HELD_STILL_FOR_S"):
+        monkeypatch.setattr(supervisor, name, 0.0)
     monkeypatch.setattr("time.sleep", lambda _seconds, sleep=supervisor.time.sleep: sleep(0.01))
 
 
@@ -69,8 +73,8 @@ def test_a_variable_that_the_job_sets_itself_is_kept(run: RunDir, monkeypatch: p
 
 def test_the_deadline_is_the_end_of_the_job_less_the_lead(run: RunDir) -> None:
     limited = JobState("RUNNING", end_time=4_000_000_000.0)
-    attempt(run, FakeScheduler([limited]), "", restart={"lead": 100})
-    assert run.deadline.read_text() == "3999999900.0 4000000000.0\n"
+    attempt(run, FakeScheduler([limited]), "raise SystemExit(75)", restart={"lead": 100})
+    assert run.deadline.read_text() == "3999999900.0 4000000000.0 - 100\n"
     attempt(run, FakeScheduler([RUNNING]), "")
     assert not run.deadline.exists()
 
@@ -132,9 +136,8 @@ def test_a_crash_is_held_and_its_rank_named(run: RunDir) -> None:
 
 
 def test_a_crash_after_progress_is_queued_again(run: RunDir) -> None:
-    append_line(run.events, {"event": "step", "attempt": 1, "step": 7, "loss": 1.0})
     scheduler = FakeScheduler([RUNNING, RUNNING, JobState("PENDING", restarts=1)])
-    attempt(run, scheduler, "raise SystemExit(3)")
+    attempt(run, scheduler, f"{STEP_7}; raise SystemExit(3)")
     assert scheduler.requests == ["requeue 25"]
     assert read_ledger(run)[0].last_step == 7
 
@@ -153,14 +156,88 @@ def test_a_scheduler_that_never_answers_does_not_stop_a_run(run: RunDir, monkeyp
     assert read_ledger(run)[0].nodes == "n[1-2]"
 
 
-def test_a_requeue_that_is_refused_for_good_is_given_up_in_words(
+def test_where_nobody_may_queue_it_again_a_job_of_its_own_goes_on(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scheduler = FakeScheduler([RUNNING], requeue=DOWN)
+    scheduler = FakeScheduler([JobState("RUNNING", nodes="vm", may_requeue=False)])
+    assert attempt(run, scheduler, "raise SystemExit(75)") == 75
+    assert scheduler.requests == ["submit run after 25"]
+    (closed,) = read_ledger(run)
+    assert (closed.cause, closed.action) == ("stopped", "successor")
+    assert closed.detail.endswith("; as job 1")
+    assert read_object(run.job)["job_id"] == "1"
+    assert read_object(run.job)["earlier"] == ["25"]
+    assert "successor: job 1 goes on when this one has ended" in capsys.readouterr().err
+
+
+def test_a_requeue_that_is_refused_is_followed_by_a_successor(run: RunDir) -> None:
+    scheduler = FakeScheduler([RUNNING], requeue=RefusedError("Requested operation is presently disabled for job 25"))
+    attempt(run, scheduler, "raise SystemExit(75)")
+    assert scheduler.requests == ["requeue 25", "submit run after 25"]
+
+
+def test_a_hold_that_is_refused_ends_the_job_and_stays_a_hold(run: RunDir) -> None:
+    scheduler = FakeScheduler([RUNNING], hold=RefusedError("Requested operation is presently disabled for job 25"))
+    attempt(run, scheduler, "raise SystemExit(3)")
+    assert scheduler.requests == ["hold 25"]
+    assert read_ledger(run)[0].action == "hold"
+
+
+def test_where_nothing_can_be_asked_the_run_says_who_has_to(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = NoProgramError(["scontrol"], None, "", "scontrol: no such program on PATH")
+    scheduler = FakeScheduler([absent], requeue=absent, submit=SubmitError("sbatch: no such program on PATH"))
     assert attempt(run, scheduler, "raise SystemExit(75)") == 75
     said = capsys.readouterr().err
-    assert "requeue failed: scontrol: exit status 1: Unable to contact slurm controller" in said
-    assert f"requeue was given up; `hpcds resume {run.root}` continues the run" in said
+    assert said.count("scontrol: no such program on PATH; the run goes on without the scheduler's word") == 1
+    assert f"no successor either: sbatch: no such program on PATH; `hpcds resume {run.root}` continues the run" in said
+    (closed,) = read_ledger(run)
+    assert (closed.cause, closed.action) == ("stopped", "leave")
+
+
+def test_a_scheduler_that_is_away_is_asked_again_until_it_answers(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(talk, "_PATIENCE_S", 60.0)
+    monkeypatch.setattr(supervisor, "_ANSWER_AT_END_S", 60.0)
+    scheduler = FakeScheduler([RUNNING, DOWN, DOWN, RUNNING, JobState("PENDING", restarts=1)])
+    attempt(run, scheduler, "raise SystemExit(75)")
+    assert scheduler.requests == ["requeue 25"]
+    said = capsys.readouterr().err
+    assert said.count("the scheduler does not answer") == 1
+    assert "the scheduler answers again" in said
+    assert "requeue: the scheduler took it" in said
+
+
+def test_a_run_that_finished_is_not_run_again(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    assert attempt(run, FakeScheduler([RUNNING]), "") == 0
+    assert attempt(run, FakeScheduler([RUNNING]), "raise SystemExit(3)") == 0
+    assert len(read_ledger(run)) == 1
+    assert "the run finished in attempt 1; there is nothing left to do" in capsys.readouterr().err
+
+
+def test_two_jobs_do_not_run_one_run(run: RunDir) -> None:
+    open_attempt(run, "24", "n1", "n1")
+    with pytest.raises(RunError, match="job 24 runs it already; cancel that job first, or this one"):
+        attempt(run, FakeScheduler([RUNNING]), "")
+    attempt(run, FakeScheduler([JobState("FAILED"), RUNNING]), "")
+    assert [one.cause for one in read_ledger(run)] == ["lost", "finished"]
+
+
+def test_a_node_that_failed_twice_is_not_asked_for_again(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        number = open_attempt(run, "25", "n1", "n1").number
+        close_attempt(run, number, cause="node_failure", action="leave", node="n3")
+    scheduler = FakeScheduler([RUNNING, RUNNING, JobState("PENDING", restarts=1)])
+    attempt(run, scheduler, "raise SystemExit(75)", resources={"exclude": ["n9"]})
+    assert scheduler.requests == ["requeue 25", "exclude 25 n9 n3"]
+    assert "the next attempt avoids n3, which failed twice or more" in capsys.readouterr().err
+
+
+def test_an_array_task_goes_by_array_and_number(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert supervisor._job_id(run, load_site("slurm")) == "8_3"
 
 
 def test_a_requeue_that_failed_and_happened_all_the_same_is_not_asked_for_twice(run: RunDir) -> None:
@@ -170,8 +247,9 @@ def test_a_requeue_that_failed_and_happened_all_the_same_is_not_asked_for_twice(
 
 
 def test_attempts_are_counted_over_jobs(run: RunDir) -> None:
+    say = "import os; print(os.environ['HPCDS_ATTEMPT']); raise SystemExit(75)"
     for _ in range(2):
-        attempt(run, FakeScheduler([RUNNING]), "import os; print(os.environ['HPCDS_ATTEMPT'])")
+        attempt(run, FakeScheduler([RUNNING, RUNNING, JobState("PENDING", restarts=1)]), say)
     assert (run.attempt_logs(2) / "rank-0.log").read_text() == "2\n"
 
 

@@ -1,0 +1,164 @@
+"""The request to stop, as one rank hears it: signals, and the deadline that the supervisor writes.
+
+| heard                                        | this rank stops                                                    |
+|----------------------------------------------|--------------------------------------------------------------------|
+| SIGTERM                                      | at the next boundary: the scheduler ends the job now               |
+| the run's warning signal                     | at the next boundary                                               |
+| the same, and it is the one of the time limit, and early | when the deadline says that saving should begin        |
+| nothing, and the deadline says "begin"       | at the next boundary: the warning signal may be lost on its way    |
+
+Slurm sends the warning signal up to 60 s before it was asked to; a minute of training on many nodes is worth a look at a file.
+Signals come more than once and in any order (Slurm sends SIGCONT with each); repeats change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpc_ds.run_dir import RunDir, read_object
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+LOOK_EVERY_S = 5.0
+_LOOK_SOON_S = 1.0  # once something was heard
+_KILL_WAIT_S = 30.0
+_EARLY_BY_S = 90.0  # a warning signal that comes earlier than this before its time was sent for another reason
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """What the supervisor knows of the end, in seconds since the epoch: ``BEGIN END [final|-] [LEAD]``.
+
+    Attributes:
+        begin: when ranks should begin to save.
+        end: when the job ends.
+        final: the scheduler has said so after it began to end the job.
+        lead_s: how long before the end the scheduler was asked to send the warning signal; None where it was not.
+    """
+
+    begin: float
+    end: float
+    final: bool = False
+    lead_s: float | None = None
+
+    @classmethod
+    def read(cls) -> Deadline | None:
+        """That of this run; None while there is none."""
+        path = os.environ.get("HPCDS_DEADLINE")
+        if path is None:
+            return None
+        try:
+            words = Path(path).read_text(encoding="utf-8").split()
+            begin, end = float(words[0]), float(words[1])
+            lead = float(words[3]) if len(words) > 3 else None
+        except (OSError, ValueError, IndexError):
+            return None
+        return cls(begin, end, words[2:3] == ["final"], lead)
+
+    def leaves_time(self, now: float) -> bool:
+        """Whether a warning signal heard just now is that of the time limit, and came before it was needed."""
+        return self.lead_s is not None and self.end - self.lead_s - _EARLY_BY_S <= now < self.begin
+
+
+def signals_of_run() -> set[signal.Signals]:
+    """What the scheduler tells the ranks of this run with; nothing outside of a run."""
+    run_dir = os.environ.get("HPCDS_RUN_DIR")
+    if run_dir is None:
+        return set()
+    restart = read_object(RunDir(Path(run_dir)).config).get("restart", {})
+    return {signal.SIGTERM, signal.Signals[f"SIG{restart.get('signal', 'USR2')}"]}
+
+
+class Request:
+    """What this rank was told. Handlers and the watcher's thread write here, without a lock: what comes first counts.
+
+    Attributes:
+        by: the signal's name, or "deadline"; None while nothing was said.
+        watched: a watcher looks at the clock.
+    """
+
+    def __init__(self) -> None:
+        self.by: str | None = None
+        self.watched = False
+        self._may_wait = False  # what was heard may have come early
+        self._killed_at: float | None = None  # by a scheduler that sent SIGTERM
+        self._looked_at = -math.inf
+        self._before: dict[signal.Signals, Any] = {}  # handlers, before ours
+
+    @property
+    def signals(self) -> set[signal.Signals]:
+        """Those that are listened to."""
+        return set(self._before)
+
+    def listen(self, numbers: set[signal.Signals]) -> None:
+        """Take signals as a request to stop, from now on; once, and in the main thread only."""
+        if self._before or threading.current_thread() is not threading.main_thread():
+            return
+        for number in numbers:
+            self._before[number] = signal.signal(number, self.hear)
+        if numbers:
+            os.register_at_fork(after_in_child=self._leave_child_alone)
+
+    def _leave_child_alone(self) -> None:
+        """A forked child is no rank: SIGTERM ends it, as whoever forked it expects, and the warning does not."""
+        self.watched = False
+        for number, before in self._before.items():
+            if signal.getsignal(number) == self.hear:
+                signal.signal(number, (before or signal.SIG_DFL) if number == signal.SIGTERM else signal.SIG_IGN)
+
+    def hear(self, number: int, _frame: FrameType | None = None) -> None:
+        """Take note of a signal; nothing else is done in a handler."""
+        ends_now = number == signal.SIGTERM
+        killed_at = time.time() + _KILL_WAIT_S if ends_now else None
+        if self.by is None:
+            self._may_wait, self._killed_at, self._looked_at = not ends_now, killed_at, -math.inf
+            self.by = signal.Signals(number).name
+            return
+        if ends_now and self._may_wait:
+            if self._looked_at > -math.inf:  # training went on after the warning, so this is what ends it
+                self.by = "SIGTERM"
+            self._may_wait = False
+        self._killed_at = self._killed_at or killed_at
+
+    def is_due(self) -> bool:
+        """Whether this rank should stop at the next boundary; without news, and with a watcher, a look at a flag."""
+        if self._may_wait or not self.watched:
+            self.look_at_the_clock()
+        return self.by is not None and not self._may_wait
+
+    def look_at_the_clock(self) -> None:
+        """Read the supervisor's deadline now and then."""
+        if self.by is not None and not self._may_wait:
+            return
+        now = time.monotonic()
+        if now - self._looked_at < (LOOK_EVERY_S if self.by is None else _LOOK_SOON_S):
+            return
+        self._looked_at = now
+        deadline = Deadline.read()
+        if self.by is not None:
+            self._may_wait = deadline is not None and deadline.leaves_time(time.time())
+        elif deadline is not None and time.time() > deadline.begin:
+            self.by = "deadline"
+
+    def seconds_left(self) -> float:
+        """Seconds until this rank may be killed; infinite where nobody knows.
+
+        A scheduler that ends a job now sends SIGTERM and kills after ``KillWait``, 30 s unless an administrator has changed
+        it; where it has named the end since, that is the better knowledge.
+        """
+        deadline = Deadline.read()
+        end = None if deadline is None else deadline.end
+        if self._killed_at is not None and not (deadline is not None and deadline.final):
+            end = self._killed_at
+        return math.inf if end is None else max(end - time.time(), 0.0)
+
+
+request = Request()

@@ -1,0 +1,220 @@
+"""What becomes of runs on a cluster, several at a time: each life has nodes of its own and is told by one function.
+
+Most of a run's life on a cluster is waiting: for the queue, for signals, for KillWait. Lives on different nodes wait
+together, so a module of tests lets them all happen first (`live`) and then looks at each.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from whole_runs import Run, Runs
+
+from hpc_ds.run_dir import RunDir, read_object
+from hpc_ds.supervise.ledger import read_ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from slurm_cluster import SlurmCluster
+
+    from hpc_ds.supervise.ledger import Attempt
+
+PACED = Path(__file__).resolve().parent.parent / "paced.py"
+STEPS = 40
+SLOW_FROM = 10
+PACE = ("--steps", str(STEPS), "--slow-from", str(SLOW_FROM), "--slow-s", "0.5")
+PATIENCE_S = 240.0
+"""Of a loaded machine; nothing that goes well takes a quarter of it."""
+
+
+@dataclass(frozen=True)
+class Life:
+    """A cluster, some nodes of it, and a folder: what one story plays on."""
+
+    cluster: SlurmCluster
+    runs: Runs
+    nodes: tuple[str, ...]
+
+    def submit(self, *options: str, target: Path = PACED, args: tuple[str, ...] = (), ranks: int = 2) -> Run:
+        """A run with a rank on each of so many of the nodes, slow from step 10 in its first attempt."""
+        where = ("--set", f"resources.sbatch.nodelist={','.join(self.nodes[:ranks])}", "--nodes", str(ranks))
+        pace = PACE if target == PACED else ()
+        return self.runs.submit(target, "--site", "slurm", *where, "--time", "10", *options, args=(*pace, *args))
+
+    def preempt(self) -> str:
+        """Let a job that goes first take the nodes for a moment."""
+        nodes = ",".join(self.nodes)
+        return self.cluster.submit(
+            "#!/bin/bash\nsleep 1\n", "-p", "urgent", "--exclusive", f"-N{len(self.nodes)}", f"-w{nodes}", "--time=1"
+        )
+
+    def wait_for(self, condition: Callable[[], Any], run: Run, what: str) -> None:
+        """Wait until it is so.
+
+        Raises:
+            AssertionError: it is not in time; the story of the run is in the message.
+
+        """
+        end = time.monotonic() + PATIENCE_S
+        while not condition():
+            if time.monotonic() > end:
+                queue = self.cluster.run("squeue", "-o", "%i %P %T %r %N", check=False).stdout
+                raise AssertionError(f"{what}: not in {PATIENCE_S:g} s\n{queue}{run.story()}")
+            time.sleep(0.25)
+
+    def wait_for_step(self, run: Run, step: int = SLOW_FROM, attempt: int = 1) -> None:
+        """Wait until an attempt has taken a step."""
+        self.wait_for(
+            lambda: any(event["step"] >= step and event["attempt"] >= attempt for event in run.steps()),
+            run,
+            f"step {step} of attempt {attempt}",
+        )
+
+    def wait_for_attempt(self, run: Run, number: int, *, closed: bool = False) -> None:
+        """Wait until an attempt has begun, or has ended; a requeued one is let go at once."""
+
+        def there() -> bool:
+            self.hurry(run)
+            found = [attempt for attempt in attempts(run) if attempt.number == number]
+            return bool(found) and (found[0].cause is not None or not closed)
+
+        self.wait_for(there, run, f"attempt {number}")
+
+    def wait_until_over(self, run: Run) -> Run:
+        """Wait until nothing more happens with the run, and none of its processes is left."""
+
+        def over() -> bool:
+            self.hurry(run)
+            ledger = attempts(run)
+            last = ledger[-1] if ledger else None
+            return last is not None and (last.action in {"finish", "hold"} or last.cause == "cancelled")
+
+        self.wait_for(over, run, "the end of the run")
+        self.wait_for(lambda: not processes_of(run), run, "the end of all its processes")
+        return run
+
+    def hurry(self, run: Run) -> None:
+        """Let a requeued job start now, which would wait for the life of its credential; Slurm allows its owner that."""
+        job = self.cluster.run("squeue", "-h", "-t", "PENDING", "-o", "%r", "-j", job_id_of(run), check=False)
+        if job.stdout.strip() == "BeginTime":
+            self.cluster.run("scontrol", "update", f"JobId={job_id_of(run)}", "StartTime=now", check=False)
+
+
+def live(cluster: SlurmCluster, folder: Path, stories: Mapping[str, list[Callable[[Life], Any]]]) -> Told:
+    """Let the stories happen: those of one key one after the other, on the nodes that the key names."""
+    told: dict[str, Future[Any]] = {}
+
+    def lane(nodes: str, those: list[Callable[[Life], Any]]) -> None:
+        for story in those:
+            place = folder / story.__name__
+            place.mkdir()
+            future = told[story.__name__] = Future()
+            try:
+                future.set_result(story(Life(cluster, Runs(place, cluster.env), tuple(nodes.split(",")))))
+            except BaseException as error:  # noqa: BLE001 - it is raised in the story's own test
+                future.set_exception(error)
+
+    with ThreadPoolExecutor(len(stories)) as lanes:
+        for nodes, those in stories.items():
+            lanes.submit(lane, nodes, those)
+    return Told(told)
+
+
+@dataclass(frozen=True)
+class Told:
+    """How the stories went."""
+
+    futures: Mapping[str, Future[Any]]
+
+    def __call__(self, story: Callable[[Life], Any]) -> Any:
+        """What a story returned; what it raised is raised here, in its own test."""
+        return self.futures[story.__name__].result()
+
+
+def attempts(run: Run) -> list[Attempt]:
+    """The ledger of a run."""
+    return read_ledger(RunDir(run.folder))
+
+
+def causes(run: Run) -> list[str | None]:
+    """Why the attempts of a run ended."""
+    return [attempt.cause for attempt in attempts(run)]
+
+
+def job_id_of(run: Run) -> str:
+    """The job that the run is now."""
+    return str(read_object(RunDir(run.folder).job).get("job_id") or run.job_id)
+
+
+def samples(run: Run) -> dict[int, list[int]]:
+    """Step -> the samples that all ranks trained in it, in the attempt that took it last."""
+    lines = [line for path in sorted(run.folder.glob("samples-*.jsonl")) for line in run.lines(path.name)]
+    last: dict[int, int] = {}
+    for line in lines:
+        last[line["step"]] = max(last.get(line["step"], 0), line["attempt"])
+    found: dict[int, list[int]] = {step: [] for step in sorted(last)}
+    for line in lines:
+        if line["attempt"] == last[line["step"]]:
+            found[line["step"]] += line["samples"]
+    return found
+
+
+def taken_again(run: Run) -> list[int]:
+    """The steps that were taken more than once."""
+    counts = Counter(event["step"] for event in run.steps())
+    return sorted(step for step, count in counts.items() if count > 1)
+
+
+def assert_undisturbed(run: Run, undisturbed: Run) -> None:
+    """The finished run is, to the bit, the one that was left alone, and each of its samples counted once."""
+    assert run.losses() == undisturbed.losses(), run.story()
+    assert samples(run) == samples(undisturbed)
+
+
+def read_process(pid: int, name: str) -> bytes:
+    """One file of a process; empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
+
+
+def environ_of(pid: int) -> dict[str, str]:
+    """The environment that a process was started with."""
+    entries = read_process(pid, "environ").decode(errors="replace").split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def processes_of(run: Run) -> list[int]:
+    """Every live process of a run: its script, its supervisor, srun, its ranks, and what they started."""
+    mark, folder = f"HPCDS_RUN_DIR={run.folder}\0".encode(), str(run.folder).encode()
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            pid = int(entry.name)
+            state = read_process(pid, "stat").rpartition(b") ")[2][:1]
+            named = folder in read_process(pid, "cmdline") and b"supervise" in read_process(pid, "cmdline")
+            if state not in {b"Z", b""} and (named or mark in read_process(pid, "environ")):
+                found.append(pid)
+    return found
+
+
+def ranks_of(run: Run) -> dict[int, int]:
+    """Rank -> process, of the ranks that live now."""
+    found = {}
+    for pid in processes_of(run):
+        command = read_process(pid, "cmdline")
+        if command.startswith(os.fsencode(sys.executable)) and b"supervise" not in command:
+            rank = environ_of(pid).get("SLURM_PROCID")
+            parent = int(read_process(pid, "stat").rpartition(b") ")[2].split()[1] or 0)
+            if rank is not None and environ_of(parent).get("SLURM_PROCID") != rank:
+                found[int(rank)] = pid
+    return found
