@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from hpc_ds.run_dir import RunDir
 from hpc_ds.runtime.failures import tell_of_errors
+from hpc_ds.runtime.leaving import leaving
 from hpc_ds.runtime.progress import mark, progress
 from hpc_ds.runtime.rank import rank_from_environment
 from hpc_ds.runtime.request import request as _request
@@ -38,6 +39,7 @@ class Preempted(SystemExit):
     def __init__(self, message: str = "") -> None:
         super().__init__(EXIT_CODE)
         self.message = message
+        leaving.hurry()
 
     def __str__(self) -> str:
         return self.message or "checkpointed on request"
