@@ -2,6 +2,7 @@
 
 RUNS/<name>-<stamp>/
     config.json          the job as submitted, resolved; the mark of a run folder
+    config-before-attempt-N.json  the job as it was before `hpcds resume` changed it for attempt N
     site.json            the site as it was then
     provenance.json      who, where, when, with which versions
     script.sbatch        what the scheduler was given
@@ -74,6 +75,10 @@ class RunDir:
         """A file that asks every rank of an attempt for its stacks as soon as it is there."""
         return self.attempt_logs(attempt) / "dump"
 
+    def config_before(self, attempt: int) -> Path:
+        """Where the job is kept as it was before ``resume`` changed it for an attempt."""
+        return self.root / f"config-before-attempt-{attempt}.json"
+
     @classmethod
     def create(cls, runs: Path, name: str) -> RunDir:
         """Make a new folder below ``runs``; two runs made in the same second get different ones.
@@ -132,6 +137,12 @@ class RunDir:
             )
         return max(found, key=lambda run: run.config.stat().st_mtime)
 
+    @classmethod
+    def all_in(cls, runs: Path, *, elsewhere: bool = False) -> list[RunDir]:
+        """The runs in a folder, oldest first; with ``elsewhere`` those too that this user submitted into other folders."""
+        known = _known_runs(runs) if elsewhere else [run for run in _beside(runs) if _is_run(run.root)]
+        return sorted(known, key=lambda run: (run.config.stat().st_mtime, run.root.name))
+
     def names(self) -> set[str]:
         """All that a user may call this run."""
         job = read_object(self.job)
@@ -162,10 +173,14 @@ def _index_path() -> Path:
     return Path(state) / "hpcds" / "runs.jsonl"
 
 
+def _beside(runs: Path) -> list[RunDir]:
+    return [RunDir(root) for root in sorted(runs.resolve().iterdir())] if runs.is_dir() else []
+
+
 def _known_runs(runs: Path) -> list[RunDir]:
     remembered = [Path(line["run"]) for line in read_lines(_index_path()) if isinstance(line.get("run"), str)]
-    beside = sorted(runs.resolve().iterdir()) if runs.is_dir() else []
-    return [RunDir(root) for root in dict.fromkeys([*beside, *remembered]) if _is_run(root)]
+    roots = dict.fromkeys([*(run.root for run in _beside(runs)), *remembered])
+    return [RunDir(root) for root in roots if _is_run(root)]
 
 
 def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
@@ -195,7 +210,12 @@ def fsync_folder(folder: Path) -> None:
 
 def write_json(path: Path, data: Any, mode: int = 0o644) -> None:
     """Replace a file by ``data`` as indented JSON."""
-    write_atomic(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n", mode)
+    write_atomic(path, as_text(data), mode)
+
+
+def as_text(data: Any) -> str:
+    """Data as the JSON files of a run hold them."""
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
 def append_line(path: Path, data: dict[str, Any], *, durable: bool = True) -> None:

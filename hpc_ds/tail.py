@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 END_BYTES = 65536
@@ -60,6 +61,35 @@ def end_of(path: Path, size_bytes: int = END_BYTES) -> list[dict[str, Any]]:
     except OSError:
         return []
     return objects(text[text.find(b"\n") + 1 :] if begin else text)
+
+
+def sample_of(path: Path, blocks: int = 256, block_bytes: int = 8192) -> list[dict[str, Any]]:
+    """All objects of a short JSON-lines file; of a long one those in blocks at even distances, both ends included."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size <= blocks * block_bytes:
+                file.seek(0)
+                return objects(file.read())
+            found = []
+            for block in range(blocks):
+                begin = block * (size - block_bytes) // (blocks - 1)
+                file.seek(begin)
+                text = file.read(block_bytes)
+                found += objects(text[text.find(b"\n") + 1 if begin else 0 : text.rfind(b"\n") + 1])
+            return found
+    except OSError:
+        return []
+
+
+def each(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file one by one, however long it is."""
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                yield from objects(line)
+    except OSError:
+        return
 
 
 def objects(text: bytes) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Saving behind the training: state is copied to host memory, then threads write, and the commit needs no collective.
 
-1. ``start`` makes the hidden folder, copies the shards, and returns: training goes on
+1. ``start`` copies the shards while rank 0 makes the hidden folder, and returns: training goes on
 2. every rank's thread writes its data file, then its index: whoever sees the index knows that the rank is done; a rank
    that cannot write leaves ``rank-R.failed`` with the reason in place of it
 3. the thread of rank 0 waits for all of them, writes the manifest, renames the folder, replaces ``latest``
@@ -90,26 +90,12 @@ class Background:
             CheckpointError: the same on every rank: the save before failed, or this one cannot be begun.
         """
         self.wait()
-        prepared, hidden = writer.begin(folder, tag, content)
-        opened: list[DataFile] = []
-
-        def copy_and_open() -> None:
-            self._arena.snapshot(prepared.placed)
-            opened.append(writer.open_data(hidden, prepared, self._arena))
-
-        try:
-            together(f"checkpoint {str(folder / tag)!r}: not saved", copy_and_open)
-        except BaseException:
-            for data in opened:
-                data.abandon()
-            if own_rank() == 0:
-                commit.give_up(hidden)
-            raise
+        prepared, hidden = writer.begin(folder, tag, content, lambda found: self._arena.snapshot(found.placed))
         self._save = _Save(
             hidden,
             folder / tag,
             prepared.without_data(),
-            opened[0],
+            writer.open_data(hidden, prepared, self._arena),
             save_latest=save_latest,
             patience_s=self._patience_s,
             committed=committed,

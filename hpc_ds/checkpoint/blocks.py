@@ -70,6 +70,8 @@ def checksum(data: bytes | memoryview) -> str:
 class DataFile:
     """A data file while it is written: made by ``start``, complete and durable once ``finish`` returns.
 
+    Nothing is done before ``start``, and what goes wrong after it is raised by ``finish``.
+
     Attributes:
         header: checksum of the bytes before the data.
         blocks: checksums of the data's blocks.
@@ -77,6 +79,7 @@ class DataFile:
     """
 
     def __init__(self, path: Path, header: bytes, size: int, source: Source) -> None:
+        self._path = path
         self._header = header
         self.size_bytes = size
         self._source = source
@@ -85,11 +88,8 @@ class DataFile:
         self.blocks = [""] * len(self._blocks)
         self._written = [0] * LANES
         self._failures: list[BaseException] = []
-        self._descriptor = _create(path)
-        self._lanes = [
-            threading.Thread(target=self._run, args=(lane,), name=f"hpc_ds checkpoint lane {lane}", daemon=False)
-            for lane in range(min(LANES, max(1, len(self._blocks))))
-        ]
+        self._descriptor = -1
+        self._lanes: list[threading.Thread] = []
 
     @property
     def written_bytes(self) -> int:
@@ -97,9 +97,16 @@ class DataFile:
         return sum(self._written)
 
     def start(self) -> None:
-        """Let the lanes run. Threads cannot be started while the interpreter is ending, so it is done at once."""
-        for lane in self._lanes:
-            lane.start()
+        """Make the file and let the lanes run. Threads cannot be started while the interpreter is ending, so it is done at once."""
+        try:
+            self._descriptor = _create(self._path)
+        except OSError as failure:
+            self._failures.append(failure)
+            return
+        for lane in range(min(LANES, max(1, len(self._blocks)))):
+            name = f"hpc_ds checkpoint lane {lane}"
+            self._lanes.append(threading.Thread(target=self._run, args=(lane,), name=name, daemon=False))
+            self._lanes[-1].start()
 
     def finish(self) -> None:
         """Wait until the file is durable. To be called once, after ``start``; an OSError of a lane is raised here."""
@@ -113,15 +120,12 @@ class DataFile:
             )  # the last block was written with its padding
             os.fsync(self._descriptor)
         finally:
-            os.close(self._descriptor)
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
 
     def cancel(self) -> None:
         """Write no further block; ``finish`` then raises."""
         self._failures.append(CheckpointError("it was given up for a newer one"))
-
-    def abandon(self) -> None:
-        """Close the file instead of ``start``."""
-        os.close(self._descriptor)
 
     def _run(self, lane: int) -> None:
         try:

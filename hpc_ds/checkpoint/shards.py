@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hpc_ds.checkpoint.blocks import LANES, Aligned, padded
+from hpc_ds.checkpoint.blocks import LANES, Aligned, each_in_lanes, padded
 from hpc_ds.checkpoint.index import ALIGNMENT, BLOCK_BYTES, ITEM_BYTES, Entry
 from hpc_ds.errors import CheckpointError
 
@@ -28,6 +28,7 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_PIECE_BYTES = 64 << 20  # of one copy by one thread
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -158,15 +159,28 @@ class Arena:
         if padded(size) > len(self._memory):
             self._memory = np.empty(0, dtype=np.uint8)  # let go of the old one first
             self._memory = _host_memory(size, pinned=any(data.device.type != "cpu" for _, data in placed))
-        for entry, data in placed:
-            if entry.length:
-                target = torch.from_numpy(self._memory[entry.offset : entry.offset + entry.size_bytes])
-                target.copy_(as_bytes(data), non_blocking=True)
+        pieces = [piece for entry, data in placed if entry.length for piece in self._pieces(entry, as_bytes(data))]
+        each_in_lanes(len(pieces), torch.get_num_threads(), lambda _, number: _copy(*pieces[number]))
         _synchronize(placed)
+
+    def _pieces(self, entry: Entry, data: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(place in the copy, bytes), so small that all threads have some."""
+        places = torch.from_numpy(self._memory[entry.offset : entry.offset + entry.size_bytes])
+        if data.device.type != "cpu":
+            return [(places, data)]
+        return list(zip(places.split(_PIECE_BYTES), data.split(_PIECE_BYTES), strict=True))
 
     def block(self, lane: int, start: int, stop: int) -> memoryview:  # noqa: ARG002 - one of a Source's
         """See ``blocks.Source``."""
         return self._memory[start : start + padded(stop - start)].data
+
+
+def _copy(place: torch.Tensor, data: torch.Tensor) -> None:
+    if data.device.type == "cpu":
+        # The C library's copy: where it writes past the caches, it is nearly twice as fast as torch's.
+        np.copyto(place.numpy(), data.numpy())
+    else:
+        place.copy_(data, non_blocking=True)
 
 
 def _synchronize(placed: Sequence[tuple[Entry, torch.Tensor]]) -> None:

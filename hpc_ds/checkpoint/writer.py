@@ -25,7 +25,7 @@ from hpc_ds.errors import CheckpointError
 from hpc_ds.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from hpc_ds.checkpoint.blocks import Source
@@ -66,12 +66,14 @@ class Prepared:
     Attributes:
         rank: that writes it.
         placed: tensors by their place in the data file.
+        header: what stands before them.
         rank_state: JSON.
         manifest: all that is known before the files are written.
     """
 
     rank: int
     placed: list[tuple[Entry, torch.Tensor]]
+    header: bytes
     rank_state: Any
     manifest: dict[str, Any]
 
@@ -146,8 +148,16 @@ def save_in_turn(
     return folder / tag
 
 
-def begin(folder: Path, tag: str, content: Content) -> tuple[Prepared, Path]:
+def begin(
+    folder: Path, tag: str, content: Content, also: Callable[[Prepared], None] = lambda _: None
+) -> tuple[Prepared, Path]:
     """Check and arrange what is to be written, and make the hidden folder for it. Collective.
+
+    Args:
+        folder: as of ``save``.
+        tag: as there.
+        content: as there.
+        also: what each rank does before any goes on; where it fails on one rank, nothing is begun.
 
     Raises:
         CheckpointError: the same on every rank; nothing was written.
@@ -160,6 +170,7 @@ def begin(folder: Path, tag: str, content: Content) -> tuple[Prepared, Path]:
         found.append(prepare(content, own_rank(), world_size()))
         if own_rank() == 0:
             made.append(commit.begin(folder, tag, content.run))
+        also(found[0])
         return made[0] if made else None
 
     try:
@@ -200,13 +211,13 @@ def prepare(content: Content, rank: int, world_size: int) -> Prepared:
         "state": content.state,
         "client_state": client_state,
     }
-    return Prepared(rank, place(shards), rank_state, manifest)
+    placed = place(shards)
+    return Prepared(rank, placed, header_of(entry for entry, _ in placed), rank_state, manifest)
 
 
 def open_data(hidden: Path, prepared: Prepared, source: Source) -> DataFile:
     """The data file of a rank, ready to be started."""
-    header = header_of(entry for entry, _ in prepared.placed)
-    return DataFile(hidden / data_file(prepared.rank), header, data_bytes(prepared.placed), source)
+    return DataFile(hidden / data_file(prepared.rank), prepared.header, data_bytes(prepared.placed), source)
 
 
 def finish(hidden: Path, data: DataFile, prepared: Prepared) -> dict[str, dict[str, Any]]:
@@ -216,12 +227,11 @@ def finish(hidden: Path, data: DataFile, prepared: Prepared) -> dict[str, dict[s
         What the manifest says of them.
     """
     data.finish()
-    header, size = header_of(entry for entry, _ in prepared.placed), data_bytes(prepared.placed)
     index = Index(
         save=commit.id_of(hidden),
         rank=prepared.rank,
-        data_start=len(header),
-        data_bytes=size,
+        data_start=len(prepared.header),
+        data_bytes=data_bytes(prepared.placed),
         header=data.header,
         blocks=data.blocks,
         entries=[entry for entry, _ in prepared.placed],

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from hpc_ds.cli import checkpoint, config, hostfile, runs, submit
+from hpc_ds.cli import checkpoint, config, hostfile, runs, status, submit
 from hpc_ds.errors import HpcdsError
 from hpc_ds.version import __version__
 
@@ -23,10 +23,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("submit", context_settings={"allow_interspersed_args": True})(submit.submit)
-app.command("status")(runs.status)
+app.command("status")(status.status)
+app.command("list")(status.list_runs)
+app.command("history")(status.history)
+app.command("report")(status.report)
 app.command("logs")(runs.logs)
 app.command("cancel")(runs.cancel)
 app.command("preempt")(runs.preempt)
+app.command("requeue")(runs.requeue)
 app.command("resume")(runs.resume)
 app.command("hostfile")(hostfile.hostfile)
 app.add_typer(checkpoint.app, name="checkpoint")

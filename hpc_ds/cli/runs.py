@@ -1,4 +1,4 @@
-"""The verbs on a run that exists: status, logs, cancel, preempt, resume, supervise."""
+"""The verbs that act on runs: cancel, preempt, requeue, resume; logs; and supervise, which job scripts call."""
 
 from __future__ import annotations
 
@@ -11,86 +11,124 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpc_ds.cli.show import show
-from hpc_ds.cli.submit import JsonOption, RunsOption
+from hpc_ds.cli.submit import JsonOption, RunArgument, RunsArgument, RunsOption, SetOption, options_as_overrides, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Sequence
 
     from hpc_ds.cluster.scheduler import Scheduler
+    from hpc_ds.report.logs import Said
     from hpc_ds.run_dir import RunDir
-
-
-def _known_runs(incomplete: str) -> list[str]:
-    runs = Path("runs")
-    names = [path.name for path in runs.iterdir() if (path / "config.json").is_file()] if runs.is_dir() else []
-    return sorted(name for name in names if name.startswith(incomplete))
-
-
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run folder, a job id or a run's name.", autocompletion=_known_runs)
-]
-
-
-def status(run: RunArgument, runs: RunsOption = Path("runs"), json_output: JsonOption = False) -> None:
-    """Say what a run is doing, and how its attempts ended."""
-    from hpc_ds.report.status import status_of
-    from hpc_ds.report.summary import summary
-    from hpc_ds.run_dir import RunDir
-
-    found = RunDir.find(run, runs)
-    if json_output:
-        typer.echo(json.dumps(status_of(found).as_data()))
-        return
-    show(summary(found))
 
 
 def logs(
     run: RunArgument,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run is over.")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    rank: Annotated[
+        str, typer.Option(metavar="R|all", help="Whose log; all: of all ranks, named before each line.")
+    ] = "0",
     attempt: Annotated[int | None, typer.Option(min=1, help="Which attempt; default: the last.")] = None,
+    scheduler: Annotated[
+        bool, typer.Option("--scheduler", help="What the job script and the supervisor wrote instead.")
+    ] = False,
     runs: RunsOption = Path("runs"),
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object a line: attempt, rank, line.")] = False,
 ) -> None:
     """Print what a rank wrote."""
+    from hpc_ds.errors import ConfigError
+    from hpc_ds.report.logs import Wanted, read_logs, read_scheduler_log
     from hpc_ds.run_dir import RunDir
 
-    for text in _log_text(RunDir.find(run, runs), rank, attempt, follow=follow):
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    if rank != "all" and not (rank.isascii() and rank.isdigit()):
+        raise ConfigError(f"--rank {rank!r}: not a rank; use 0, 1, ... or all", value=rank)
+    whose = None if rank == "all" else int(rank)
+    wanted = Wanted(whose, attempt, follow, lines=json_output or whose is None)
+    read = read_scheduler_log if scheduler else read_logs
+    try:
+        for said in read(RunDir.find(run, runs), wanted):
+            sys.stdout.write(_said(said, json_output=json_output, named=whose is None and not scheduler))
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
-def cancel(run: RunArgument, runs: RunsOption = Path("runs"), json_output: JsonOption = False) -> None:
-    """End a run; `resume` can still continue it."""
-    found, scheduler, job_id = _job(run, runs)
-    scheduler.cancel(job_id)
-    _done(found, job_id, "cancelled", json_output=json_output)
+def cancel(names: RunsArgument, runs: RunsOption = Path("runs"), json_output: JsonOption = False) -> None:
+    """End runs; `resume` can still continue them."""
+
+    def end(_: RunDir, scheduler: Scheduler, job_id: str) -> str:
+        scheduler.cancel(job_id)
+        return "cancelled"
+
+    _each(names, runs, end, json_output=json_output)
 
 
-def preempt(run: RunArgument, runs: RunsOption = Path("runs"), json_output: JsonOption = False) -> None:
-    """Preempt a run: it saves and starts again by itself.
+def preempt(names: RunsArgument, runs: RunsOption = Path("runs"), json_output: JsonOption = False) -> None:
+    """Preempt runs: they save and start again by themselves.
 
     The ranks get the signals that a scheduler would send them.
     """
-    found, scheduler, job_id = _job(run, runs)
-    scheduler.preempt(job_id)
-    _done(found, job_id, "preempted", json_output=json_output)
+
+    def tell(_: RunDir, scheduler: Scheduler, job_id: str) -> str:
+        scheduler.preempt(job_id)
+        return "preempted"
+
+    _each(names, runs, tell, json_output=json_output)
+
+
+def requeue(run: RunArgument, runs: RunsOption = Path("runs"), json_output: JsonOption = False) -> None:
+    """End this start of a run now, as `scontrol requeue` does, and queue it again.
+
+    The ranks save if there is time. `preempt` asks more gently.
+    """
+    from hpc_ds.run_dir import RunDir
+    from hpc_ds.supervise.requeue import requeue as requeue_run
+
+    found = RunDir.find(run, runs)
+    job_id, seen = requeue_run(found)
+    if not seen:
+        typer.echo("hpcds: warning: the scheduler took the request, but has not acted on it yet", err=True)
+    _done([(found, job_id, "requeued")], alone=True, json_output=json_output)
 
 
 def resume(
     run: RunArgument,
+    overrides: SetOption = None,
     runs: RunsOption = Path("runs"),
+    nodes: Annotated[int | None, typer.Option(help="Nodes.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs on each node.")] = None,
+    tasks_per_node: Annotated[int | None, typer.Option(help="Ranks on each node.")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(help="Cores of each rank.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Memory of a node, as sbatch takes it.")] = None,
+    time_limit: Annotated[str | None, typer.Option("--time", help="Time limit of one start.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
+    constraint: Annotated[str | None, typer.Option(help="Node features.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show the run until it is over.")] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Continue a run that was cancelled, held or lost."""
+    """Continue a run that was cancelled, held or lost; with other resources, if they are given.
+
+    The job is checked as at submit; the config before is kept as config-before-attempt-N.json. A job that waits in the
+    queue, or is held there, is cancelled for a change and submitted anew.
+    """
     from hpc_ds.run_dir import RunDir
     from hpc_ds.supervise.resume import resume as resume_run
 
+    resources = {
+        "nodes": nodes, "gpus_per_node": gpus_per_node, "tasks_per_node": tasks_per_node, "cpus_per_task": cpus_per_task,
+        "mem": mem, "time": time_limit, "partition": partition, "account": account, "qos": qos, "constraint": constraint,
+    }  # fmt: skip
+    changes = options_as_overrides(resources) + (overrides or [])
     found = RunDir.find(run, runs)
-    job_id = resume_run(found)
-    _done(found, job_id, "resumed", json_output=json_output)
+    job_id = resume_run(found, changes)
+    if changes:
+        from hpc_ds.config.load import load_resolved
+
+        warn(load_resolved(found.config))
+    _done([(found, job_id, "resumed")], alone=True, json_output=json_output)
     if follow:
-        show_until_over(found)
+        show_until_over(found, from_now=True)
 
 
 def supervise(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run folder.")]) -> None:
@@ -101,22 +139,50 @@ def supervise(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="T
     raise typer.Exit(supervise_run(RunDir.open(run_dir)))
 
 
-def show_until_over(run: RunDir) -> None:
+def show_until_over(run: RunDir, *, from_now: bool = False) -> None:
     """Print a run as it happens and its summary; exit 1 unless it finished. Ctrl-C stops watching, not the run."""
+    from hpc_ds.cluster.queue import Queue
     from hpc_ds.report.follow import follow
+    from hpc_ds.report.status import status_of
     from hpc_ds.report.summary import summary
 
+    queue = Queue()
     try:
-        for line in follow(run):
+        for line in follow(run, queue, from_now=from_now):
             typer.echo(f"{time.strftime('%H:%M:%S')}  {line}")
     except KeyboardInterrupt:
         typer.echo(f"\nthe run goes on; `hpcds logs -f {run.root}` shows it again", err=True)
         raise typer.Exit(130) from None
-    story = summary(run)
+    story = summary(run, status_of(run, queue))
     typer.echo()
     show(story)
     if story.status.state != "finished":
         raise typer.Exit(1)
+
+
+def _said(said: Said, *, json_output: bool, named: bool) -> str:
+    if json_output:
+        return json.dumps({"attempt": said.attempt, "rank": said.rank, "line": said.text}) + "\n"
+    return f"{said.rank}: {said.text}\n" if named else said.text
+
+
+def _each(names: Sequence[str], runs: Path, do: Callable[[RunDir, Scheduler, str], str], *, json_output: bool) -> None:
+    """Do something to every run that is named; one that refuses does not keep the others from it."""
+    from hpc_ds.errors import HpcdsError
+
+    done, refusal = [], None
+    for name in names:
+        try:
+            found, scheduler, job_id = _job(name, runs)
+            done.append((found, job_id, do(found, scheduler, job_id)))
+        except HpcdsError as error:
+            if len(names) == 1:
+                raise
+            typer.echo(f"hpcds: {error}", err=True)
+            refusal = refusal or error
+    _done(done, alone=len(names) == 1, json_output=json_output)
+    if refusal is not None:
+        raise typer.Exit(refusal.exit_code)
 
 
 def _job(run: str, runs: Path) -> tuple[RunDir, Scheduler, str]:
@@ -131,33 +197,10 @@ def _job(run: str, runs: Path) -> tuple[RunDir, Scheduler, str]:
     return found, scheduler_named(str(read_object(found.site).get("scheduler")), found), job_id
 
 
-def _done(run: RunDir, job_id: str, verb: str, *, json_output: bool) -> None:
-    data = {"run_dir": str(run.root), "job_id": job_id, "action": verb}
-    typer.echo(json.dumps(data) if json_output else f"{verb} job {job_id}, run {run.root}")
-
-
-def _log_text(run: RunDir, rank: int, attempt: int | None, *, follow: bool) -> Iterator[str]:
-    """The text of a rank's log; with ``follow`` of the attempts after it too, until the run is over."""
-    from hpc_ds.errors import RunError
-    from hpc_ds.launch.runner import rank_log
-    from hpc_ds.report.status import OVER, status_of
-    from hpc_ds.supervise.ledger import read_ledger
-
-    number = attempt or max(len(read_ledger(run)), 1)
-    position = 0
-    while True:
-        log = rank_log(run.attempt_logs(number), rank)
-        over = not follow or status_of(run).state in OVER
-        if not follow and not log.exists():
-            raise RunError(f"log {str(log)!r}: no such file; that rank or attempt has written nothing")
-        if log.exists():
-            with log.open("r", encoding="utf-8", errors="replace") as file:
-                file.seek(position)
-                yield file.read()
-                position = file.tell()
-        if len(read_ledger(run)) > number and attempt is None:
-            number, position = number + 1, 0
-            continue
-        if over:
-            return
-        time.sleep(0.5)
+def _done(done: Sequence[tuple[RunDir, str, str]], *, alone: bool, json_output: bool) -> None:
+    data = [{"run_dir": str(run.root), "job_id": job_id, "action": verb} for run, job_id, verb in done]
+    if json_output:
+        typer.echo(json.dumps(data[0] if alone else data))
+    else:
+        for run, job_id, verb in done:
+            typer.echo(f"{verb} job {job_id}, run {run.root}")

@@ -1,4 +1,4 @@
-"""``hpcds submit``."""
+"""``hpcds submit``, and the arguments and options that several verbs have."""
 
 from __future__ import annotations
 
@@ -9,8 +9,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hpc_ds.config.job import JobConfig
 
+
+def known_runs(incomplete: str) -> list[str]:
+    """What a shell may complete a RUN to."""
+    runs = Path("runs")
+    names = [path.name for path in runs.iterdir() if (path / "config.json").is_file()] if runs.is_dir() else []
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run folder, a job id or a run's name.", autocompletion=known_runs)
+]
+SomeRuns = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RUN]...", help="Run folders, job ids or runs' names.", autocompletion=known_runs),
+]
+RunsArgument = Annotated[
+    list[str], typer.Argument(metavar="RUN...", help="Run folders, job ids or runs' names.", autocompletion=known_runs)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job, such as resources.nodes=4."),
+]
 RunsOption = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where the run folders are.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -21,10 +45,7 @@ def submit(
     site: Annotated[
         str | None, typer.Option("--site", help="A site's name or file; default: the job's, else found out.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job, such as resources.nodes=4."),
-    ] = None,
+    overrides: SetOption = None,
     runs: RunsOption = Path("runs"),
     name: Annotated[str | None, typer.Option(help="The run's name.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes.")] = None,
@@ -55,16 +76,14 @@ def submit(
         "nodes": nodes, "gpus_per_node": gpus_per_node, "tasks_per_node": tasks_per_node, "cpus_per_task": cpus_per_task,
         "mem": mem, "time": time, "partition": partition, "account": account, "qos": qos, "constraint": constraint,
     }  # fmt: skip
-    options: dict[str, Any] = {f"resources.{key}": value for key, value in resources.items()}
-    options |= {"name": name, "training": None if training is None else str(training.resolve())}
-    asked = [f"{key}={value}" for key, value in options.items() if value is not None] + (overrides or [])
+    asked = options_as_overrides(resources, name=name, training=training) + (overrides or [])
     job = _load(target, asked, args or [])
     chosen = load_site(site or _site_name(job))
     if dry_run:
         text = preview(job, chosen, runs)
         typer.echo(json.dumps({"site": chosen.name, "script": text}) if json_output else text, nl=json_output)
         return
-    _warn(job)
+    warn(job)
     run, job_id = submit_job(job, chosen, runs)
     if json_output:
         typer.echo(json.dumps({"run_dir": str(run.root), "job_id": job_id, "site": chosen.name}))
@@ -74,6 +93,15 @@ def submit(
         from hpc_ds.cli.runs import show_until_over
 
         show_until_over(run)
+
+
+def options_as_overrides(
+    resources: Mapping[str, Any], name: str | None = None, training: Path | None = None
+) -> list[str]:
+    """Options of the command line as ``key=value``; those that were not given are left out."""
+    options: dict[str, Any] = {f"resources.{key}": value for key, value in resources.items()}
+    options |= {"name": name, "training": None if training is None else str(training.resolve())}
+    return [f"{key}={value}" for key, value in options.items() if value is not None]
 
 
 def _load(target: str, overrides: list[str], args: list[str]) -> JobConfig:
@@ -97,7 +125,8 @@ def _site_name(job: JobConfig) -> str:
     return detect_site()
 
 
-def _warn(job: JobConfig) -> None:
+def warn(job: JobConfig) -> None:
+    """Say what a job's training config asks for in vain."""
     from hpc_ds.config.load import check_training
 
     warnings = []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import dataclass
 
-from hpc_ds.cluster.scheduler import JobState
+from hpc_ds.cluster.scheduler import HELD, JobState
 from hpc_ds.errors import ParseError
 
 # "Key=value Key=value ...": a value may hold spaces, a key never does.
@@ -61,6 +62,73 @@ def parse_job(line: str) -> JobState:
         may_requeue=fields.get("Requeue") != "0",
         start_time=parse_time(fields.get("StartTime", "")),
     )
+
+
+QUEUE_FORMAT = "%i|%A|%T|%Q|%S|%e|%N|%r"  # the reason last: its text is free
+
+
+def parse_queue(text: str) -> dict[str, JobState]:
+    """Job id -> state, from what ``squeue -h -o QUEUE_FORMAT`` printed.
+
+    A task of an array stands under both of its names, ``44_1`` and the id that the task itself sees.
+
+    Raises:
+        ParseError: a line is not in this format.
+    """
+    named: dict[str, JobState] = {}
+    by_number: dict[str, JobState] = {}
+    for line in filter(str.strip, text.splitlines()):
+        fields = [field.strip() for field in line.split("|", 7)]
+        if len(fields) < 8 or not fields[2].isupper():
+            raise ParseError(f"squeue answer {line[:200]!r}: not a line as asked for; is this Slurm?", text, line)
+        name, number, state, priority, start, end, nodes, reason = fields
+        named[name] = JobState(
+            state=state,
+            reason=reason or "None",
+            end_time=parse_time(end),
+            nodes=nodes,
+            held=priority == "0" and state in {"PENDING", *HELD},
+            start_time=parse_time(start),
+        )
+        by_number.setdefault(number, named[name])
+    return {**by_number, **named}
+
+
+ACCOUNT_FORMAT = "JobID,State,ElapsedRaw,Start,NodeList"
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One start of a job as slurmdbd keeps it.
+
+    Attributes:
+        job_id: a task of an array as ``44_1``.
+        state: Slurm's last word, such as ``NODE_FAIL``.
+        elapsed_s: how long nodes were given to it.
+        start: seconds since the epoch; None where it never started.
+    """
+
+    job_id: str
+    state: str
+    elapsed_s: int
+    start: float | None
+    nodes: str
+
+
+def parse_accounts(text: str) -> list[Account]:
+    """Every start of every job, from what ``sacct -D -X -P -n --format=ACCOUNT_FORMAT`` printed; oldest first.
+
+    Raises:
+        ParseError: a line is not in this format.
+    """
+    found = []
+    for line in filter(str.strip, text.splitlines()):
+        fields = line.split("|")
+        if len(fields) != 5 or not fields[2].isdigit():
+            raise ParseError(f"sacct answer {line[:200]!r}: not a line as asked for; is this Slurm?", text, line)
+        job_id, state, elapsed, start, nodes = fields
+        found.append(Account(job_id, state.split(" ")[0], int(elapsed), parse_time(start), nodes))
+    return sorted(found, key=lambda account: account.start or 0.0)
 
 
 def _count(text: str, line: str) -> int:

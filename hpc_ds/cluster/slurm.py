@@ -1,17 +1,26 @@
-"""Slurm, through sbatch, scontrol and scancel. Tested against 22.05; nothing newer is needed."""
+"""Slurm, through sbatch, scontrol, squeue, scancel and sacct, where there is one. Tested against 22.05."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
 
-from hpc_ds.cluster.parse import parse_fields, parse_job, parse_job_id
+from hpc_ds.cluster.parse import (
+    ACCOUNT_FORMAT,
+    QUEUE_FORMAT,
+    parse_accounts,
+    parse_fields,
+    parse_job,
+    parse_job_id,
+    parse_queue,
+)
 from hpc_ds.cluster.shell import Shell, run
 from hpc_ds.errors import CommandError, NoAnswerError, NoProgramError, RefusedError, SchedulerError, SubmitError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hpc_ds.cluster.parse import Account
     from hpc_ds.cluster.scheduler import JobState
     from hpc_ds.run_dir import RunDir
 
@@ -60,6 +69,30 @@ class Slurm:
                 return None
             raise CommandError(["scontrol", "show", "job"], answer.returncode, answer.stderr)
         return parse_job(answer.stdout.strip().partition("\n")[0])
+
+    def show_many(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+        """What slurmctld knows of several jobs, by one squeue; those that it knows nothing of are absent."""
+        if not job_ids:
+            return {}
+        wanted = ",".join(job_ids)
+        command = ["squeue", "-h", "-r", "-t", "all", "-j", wanted, "-o", QUEUE_FORMAT]
+        answer = self._shell(command, timeout_s=20.0, check=False)
+        if answer.returncode != 0:
+            if "Invalid job id" in answer.stderr:  # one unknown id is an error, several are not
+                return {}
+            raise CommandError(["squeue"], answer.returncode, answer.stderr)
+        found = parse_queue(answer.stdout)
+        return {job_id: found[job_id] for job_id in job_ids if job_id in found}
+
+    def accounts(self, job_ids: Sequence[str]) -> list[Account]:
+        """What slurmdbd keeps of every start of some jobs, oldest first; nothing where there is no accounting."""
+        if not job_ids:
+            return []
+        command = ["sacct", "-D", "-X", "-P", "-n", "-j", ",".join(job_ids), f"--format={ACCOUNT_FORMAT}"]
+        try:
+            return parse_accounts(self._shell(command, timeout_s=20.0).stdout)
+        except SchedulerError:  # absent, disabled, down: it is never needed
+            return []
 
     def cancel(self, job_id: str) -> None:
         """End the job for good."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,10 +74,11 @@ class Checkpoints:
         """Save everything that a resume needs, durable on return; see ``Engine.save_checkpoint``."""
         roll_call("save_checkpoint")
         self.settle()
+        began = self.saved_at = time.monotonic()
         client = self._client_state if client_state is None else client_state
         tag = str(tag) if tag is not None else f"global_step{self._engine.global_steps}"
         content = self._agreed_content(client, frozen=frozen, by_itself=False)
-        self._save_now(self._folder_for(save_dir), tag, content, save_latest=save_latest)
+        self._save_now(self._folder_for(save_dir), tag, content, began, save_latest=save_latest)
         self._client_state = client
 
     @during("saving")
@@ -86,24 +88,28 @@ class Checkpoints:
         Raises:
             CheckpointError: the same on every rank: it failed, or the one before did.
         """
+        began = self.saved_at = time.monotonic()
         folder, tag = self._own_folder(), f"global_step{self._engine.global_steps}"
         content = self._agreed_content(self._client_state, frozen=True, by_itself=True)
         if not behind:
-            self._save_now(folder, tag, content, save_latest=True)
+            self._save_now(folder, tag, content, began, save_latest=True)
             self.prune()
             return
-        began = self.saved_at = time.monotonic()
+        started = threading.Event()
 
         def committed() -> None:
+            started.wait()
             self._saved(content.step, tag, time.monotonic() - began)
             self.prune()
 
-        self._background.start(folder, tag, content, committed=committed)
-        self._behind = content.step
-        self.cost.stall_s = time.monotonic() - began
+        try:
+            self._background.start(folder, tag, content, committed=committed)
+            self._behind = content.step
+            self.cost.stall_s = time.monotonic() - began
+        finally:
+            started.set()
 
-    def _save_now(self, folder: Path, tag: str, content: writer.Content, *, save_latest: bool) -> None:
-        began = self.saved_at = time.monotonic()
+    def _save_now(self, folder: Path, tag: str, content: writer.Content, began: float, *, save_latest: bool) -> None:
         writer.save(folder, tag, content, save_latest=save_latest)
         self.cost.stall_s = time.monotonic() - began
         self.saved_step = content.step

@@ -1,34 +1,59 @@
-"""What a run is doing, put together from its folder and its scheduler."""
+"""What a run is doing, put together from its folder and its scheduler.
+
+Of the events only the end is read (hpc_ds/tail.py), so a run of a million steps is as fast to look at as one of ten;
+what they told before stands in the ledger.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hpc_ds.cluster.connect import scheduler_named
+from hpc_ds.cluster.queue import Queue
+from hpc_ds.cluster.scheduler import JobState
 from hpc_ds.errors import SchedulerError
-from hpc_ds.run_dir import read_lines, read_object
+from hpc_ds.launch.failure import in_words
+from hpc_ds.report.beats import Pulse, quiet_ranks
+from hpc_ds.report.history import lost_after
+from hpc_ds.report.progress import progress, samples_per_step, steps_in_all
+from hpc_ds.run_dir import read_object
 from hpc_ds.supervise.ledger import read_ledger, saved_step
+from hpc_ds.supervise.policy import excluded_nodes
+from hpc_ds.tail import end_of
 
 if TYPE_CHECKING:
-    from hpc_ds.cluster.scheduler import JobState
+    from pathlib import Path
+    from collections.abc import Mapping, Sequence
+
+    from hpc_ds.cluster.queue import Answer
+    from hpc_ds.report.progress import Progress
     from hpc_ds.run_dir import RunDir
     from hpc_ds.supervise.ledger import Attempt
 
 OVER = frozenset({"finished", "held", "cancelled", "failed"})
 """States in which a run does nothing more by itself."""
 
+_TRACEBACK_LINES = 12
+_DEFAULT_EXCLUDED = 3  # restart.max_excluded_nodes
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A run at one moment.
+    """A run at one moment. docs/runs.md describes every field for those who read it as JSON.
 
     Attributes:
         state: waiting, running, ending, finished, held, cancelled, failed, or unknown (the scheduler does not answer).
         reason: one sentence for a person.
         step, loss: of the last optimizer step; None before the first.
         steps_lost: steps that had to be taken again, over all attempts.
+        queue_state, queue_reason: the scheduler's words; None where it has none.
+        expected_start: when a waiting run is expected to start, ends_at: when a running job reaches its limit; seconds
+            since the epoch, None where nobody knows.
+        steps: how many the run takes in all; None where neither the job's ``steps`` nor its schedule says.
+        steps_per_s, samples_per_s: over the last 50 steps of the last attempt; None before it took two.
+        eta_s: seconds until the last step of a running run at that rate; None where not known.
+        failure: the rank that failed first, of a run that is held or failed.
+        quiet_ranks: ranks that are silent or still for long.
     """
 
     run_dir: str
@@ -41,60 +66,161 @@ class Status:
     loss: float | None
     saved_step: int | None
     steps_lost: int
+    queue_state: str | None = None
+    queue_reason: str | None = None
+    expected_start: float | None = None
+    ends_at: float | None = None
+    nodes: str = ""
+    excluded_nodes: list[str] = field(default_factory=list)
+    step_at: float | None = None
+    steps: int | None = None
+    steps_per_s: float | None = None
+    samples_per_s: float | None = None
+    eta_s: float | None = None
+    submitted: float | None = None
+    failure: dict[str, Any] | None = None
+    quiet_ranks: list[dict[str, Any]] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run does nothing more by itself."""
+        return self.state in OVER
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
         return asdict(self)
 
 
-def status_of(run: RunDir) -> Status:
+def status_of(run: RunDir, queue: Queue | None = None) -> Status:
     """Look at a run."""
-    job_file, attempts = read_object(run.job), read_ledger(run)
-    site, job_id = read_object(run.site), str(job_file.get("job_id", ""))
-    state, reason = _state(run, str(site.get("scheduler", "")), job_id, attempts)
-    events = read_lines(run.events)
-    steps = [event for event in events if event.get("event") == "step"]
+    return statuses_of([run], queue or Queue())[0]
+
+
+def statuses_of(
+    runs: Sequence[RunDir], queue: Queue, pulses: dict[tuple[Path, int], Pulse] | None = None
+) -> list[Status]:
+    """Look at several runs; their schedulers are asked together, and only of runs whose ledger does not say all.
+
+    Args:
+        runs: which ones.
+        queue: asked for their jobs; the same one each time, of whoever looks again.
+        pulses: run and attempt -> what was seen of its beats before, of whoever looks again.
+    """
+    ledgers = [read_ledger(run) for run in runs]
+    open_ones = [place for place, ledger in enumerate(ledgers) if not (ledger and ledger[-1].cause == "finished")]
+    answers: dict[int, Answer] = dict(zip(open_ones, queue.answers([runs[place] for place in open_ones]), strict=True))
+    _ask_the_accounts(runs, ledgers, answers, queue)
+    return [
+        _status(run, ledger, answers.get(place), pulses)
+        for place, (run, ledger) in enumerate(zip(runs, ledgers, strict=True))
+    ]
+
+
+def _ask_the_accounts(
+    runs: Sequence[RunDir], ledgers: Sequence[list[Attempt]], answers: dict[int, Answer], queue: Queue
+) -> None:
+    """Where the queue has forgotten a job whose supervisor could not say how it ended, accounting may know."""
+    forgotten = {}
+    for place, answer in answers.items():
+        unexplained = not ledgers[place] or ledgers[place][-1].cause is None
+        job_id = str(read_object(runs[place].job).get("job_id", ""))
+        local = read_object(runs[place].site).get("scheduler") == "local"
+        if answer is None and unexplained and job_id and not local:
+            forgotten[place] = job_id
+    words = queue.last_words(list(forgotten.values())) if forgotten else {}
+    answers.update({place: words[job_id] for place, job_id in forgotten.items() if job_id in words})
+
+
+def _status(
+    run: RunDir, attempts: list[Attempt], answer: Answer, pulses: dict[tuple[Path, int], Pulse] | None
+) -> Status:
+    config, job_file, site = read_object(run.config), read_object(run.job), read_object(run.site)
+    job = answer if isinstance(answer, JobState) else None
+    state, reason = _state(answer, attempts)
+    events = end_of(run.events)
+    done, steps = progress(events), steps_in_all(config)
+    running = state == "running" and bool(attempts) and attempts[-1].cause is None
+    batch = samples_per_step(config)
+    ours = not attempts or done.attempt == attempts[-1].number
+    rate = done.steps_per_s if ours else None
     return Status(
         run_dir=str(run.root),
-        name=str(read_object(run.config).get("name", "")),
+        name=str(config.get("name", "")),
         site=str(site.get("name", "")),
-        job_id=job_id,
+        job_id=str(job_file.get("job_id", "")),
         state=state,
         reason=reason,
-        step=steps[-1]["step"] if steps else None,
-        loss=_finite(steps[-1]["loss"]) if steps else None,
+        step=done.step,
+        loss=done.loss,
         saved_step=saved_step(run),
-        steps_lost=steps_lost(events),
+        steps_lost=sum(lost_after(attempts)),
+        queue_state=None if job is None else job.state,
+        queue_reason=None if job is None or job.reason == "None" else job.reason,
+        expected_start=job.start_time if job is not None and state == "waiting" else None,
+        ends_at=job.end_time if job is not None and state == "running" else None,
+        nodes=_nodes(job, attempts, state),
+        excluded_nodes=_excluded(config, attempts),
+        step_at=done.step_at,
+        steps=steps,
+        steps_per_s=rate,
+        samples_per_s=None if rate is None or batch is None else rate * batch,
+        eta_s=_eta_s(done, steps, rate) if running else None,
+        submitted=read_object(run.provenance).get("submitted", job_file.get("submitted")),
+        failure=_failure(run, attempts[-1]) if attempts and state in {"held", "failed"} else None,
+        quiet_ranks=_quiet(run, attempts[-1], rate, pulses) if running else [],
         attempts=attempts,
     )
 
 
-def _finite(loss: float | None) -> float | None:
-    """A loss that JSON can hold; a script may have kept it to itself."""
-    return loss if loss is not None and math.isfinite(loss) else None
+def _eta_s(done: Progress, steps: int | None, rate: float | None) -> float | None:
+    return None if steps is None or done.step is None or rate is None else max(steps - done.step, 0) / rate
 
 
-def steps_lost(events: list[dict[str, Any]]) -> int:
-    """Steps taken more than once: how far behind its predecessor each attempt began."""
-    lost = reached = 0
-    attempt = None
-    for event in events:
-        if event.get("event") == "step":
-            if event.get("attempt") != attempt and attempt is not None:
-                lost += max(reached - event["step"] + 1, 0)
-            attempt, reached = event.get("attempt"), event["step"]
-    return lost
+def _nodes(job: JobState | None, attempts: Sequence[Attempt], state: str) -> str:
+    if job is not None and job.nodes and job.active:
+        return job.nodes
+    return attempts[-1].nodes if attempts and state in {"running", "ending"} else ""
 
 
-def _state(run: RunDir, scheduler: str, job_id: str, attempts: list[Attempt]) -> tuple[str, str]:
+def _excluded(config: Mapping[str, Any], attempts: Sequence[Attempt]) -> list[str]:
+    """Nodes that the job does not want, and those that were found out."""
+    asked = (config.get("resources") or {}).get("exclude") or []
+    limit = (config.get("restart") or {}).get("max_excluded_nodes", _DEFAULT_EXCLUDED)
+    return list(dict.fromkeys([*asked, *excluded_nodes(attempts, limit)]))
+
+
+def _quiet(
+    run: RunDir, attempt: Attempt, rate: float | None, pulses: dict[tuple[Path, int], Pulse] | None
+) -> list[dict[str, Any]]:
+    pulse = None if pulses is None else pulses.setdefault((run.root, attempt.number), Pulse())
+    return quiet_ranks(run, attempt.number, 1 / rate if rate else None, pulse)
+
+
+def _failure(run: RunDir, attempt: Attempt) -> dict[str, Any] | None:
+    """The rank that failed first, in words, and the end of its traceback."""
+    if attempt.failure is None:
+        return None
+    failure = dict(attempt.failure)
+    rank, code = failure.get("rank"), failure.get("exit_code")
+    raised = read_object(run.failures(attempt.number) / f"rank-{rank}.json") if rank is not None else {}
+    lines = raised.get("traceback") or failure.get("traceback") or failure.get("last_lines") or []
+    words = in_words(code) if isinstance(code, int) and rank is not None else str(failure.get("how", ""))
+    return {
+        **failure,
+        "attempt": attempt.number,
+        "words": words,
+        "traceback": [line.rstrip("\n") for line in lines][-_TRACEBACK_LINES:],
+    }
+
+
+def _state(answer: Answer, attempts: list[Attempt]) -> tuple[str, str]:
     last = attempts[-1] if attempts else None
     if last is not None and last.cause == "finished":
         return "finished", f"finished in attempt {last.number}"
-    try:
-        job = scheduler_named(scheduler, run).show(job_id) if job_id else None
-    except SchedulerError as error:
-        return "unknown", str(error)
+    if isinstance(answer, SchedulerError):
+        return "unknown", str(answer)
+    job = answer
     if job is not None and job.active:
         return _active(job, last)
     if last is None:
@@ -103,10 +229,9 @@ def _state(run: RunDir, scheduler: str, job_id: str, attempts: list[Attempt]) ->
         return "cancelled", "cancelled; `hpcds resume` continues it"
     if last.action == "hold":
         return "held", last.detail
-    return (
-        "failed",
-        last.detail or "its supervisor was killed, and nothing started it again; `hpcds resume` continues it",
-    )
+    ended = f" ({job.state})" if job is not None and job.state not in {"COMPLETED", "FAILED"} else ""
+    killed = f"its supervisor was killed{ended}, and nothing started it again; `hpcds resume` continues it"
+    return "failed", last.detail or killed
 
 
 def _active(job: JobState, last: Attempt | None) -> tuple[str, str]:

@@ -27,12 +27,12 @@ class _Told:
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder = folder
         self.rank = rank
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         self._next = sys.excepthook
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         at = time.time()
-        main = threading.current_thread() is threading.main_thread() and os.getpid() == self._pid
+        main = threading.current_thread() is threading.main_thread() and os.getpid() == self.pid
         try:
             if main and issubclass(kind, Exception):
                 self._write(at, traceback.TracebackException(kind, error, trace))
@@ -54,10 +54,12 @@ class _Told:
             write_json(self.folder / f"rank-{self.rank}.json", failure)
 
 
+_told: _Told | None = None
+
+
 def tell_of_errors(folder: Path, rank: int) -> None:
     """Write an error that ends this process to ``folder/rank-R.json``, from now on, and then treat it as before."""
-    hook = sys.excepthook
-    if isinstance(hook, _Told):
-        hook.folder, hook.rank = folder, rank
-    else:
-        sys.excepthook = _Told(folder, rank)
+    global _told  # noqa: PLW0603 - one a process
+    if _told is None or _told.pid != os.getpid():
+        sys.excepthook = _told = _Told(folder, rank)
+    _told.folder, _told.rank = folder, rank

@@ -80,17 +80,13 @@ def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
     """
     preemption.listen()
     if dist.is_initialized():
-        me = current_rank()
-        preemption.attend(me.rank, me.world_size)
-        if torch.cuda.is_available() and torch.cuda.current_device() == 0 and me.local_rank < torch.cuda.device_count():
-            torch.cuda.set_device(me.local_rank)
-        return me
+        return _take_as_it_is()
     if dist_init_required is False:
         raise RankError("init_distributed: dist_init_required is False, but no process group is initialised")
     backend = dist_backend or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if init_method is not None and rank >= 0 and world_size > 0:
         me = Rank(rank, int(os.environ.get("LOCAL_RANK", rank)), world_size, None, "arguments")
-        preemption.attend(me.rank, me.world_size)
+        preemption.attend(rank, world_size)
         dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
     else:
         found = rank_from_environment(os.environ) or Rank(0, 0, 1, 1, "single")
@@ -104,6 +100,14 @@ def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
     if verbose and me.rank == 0:
         show_log(me.rank)
         log.info("process group: %d ranks over %s, found by %s", me.world_size, backend, me.source)
+    return me
+
+
+def _take_as_it_is() -> Rank:
+    me = current_rank()
+    preemption.attend(me.rank, me.world_size)
+    if torch.cuda.is_available() and torch.cuda.current_device() == 0 and me.local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(me.local_rank)
     return me
 
 

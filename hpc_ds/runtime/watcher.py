@@ -37,6 +37,7 @@ BEAT_BYTES = 512
 BEAT_EVERY_S = 2.0
 _RANKS_A_SECOND = 50
 _LONGEST_BEAT_S = 30.0
+_LONGEST_QUESTION_S = 4.0  # between two looks for a request of stacks: the supervisor waits for them only so long
 _LOOK_EVERY_S = 1.0  # once this rank was told to stop
 _NEAR_S = 5.0
 _GOODBYE_S = 5.0
@@ -80,7 +81,7 @@ class Watcher:
         self._host = node_name()
         self._count = 0
         self._said: str | None = None  # what told this rank, as the last beat had it
-        self._beat_at = 0.0
+        self._beat_at = self._asked_at = 0.0
         self._dumped: set[str] = set()
         self._main = MainThread()
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -128,6 +129,8 @@ class Watcher:
             now = time.monotonic()
             if now >= self._beat_at or self._told.by != self._said:
                 self._beat(now)
+            if now >= self._asked_at:
+                self._asked_at = now + min(self._every_s, _LONGEST_QUESTION_S)
                 if self._is_asked_for_stacks():
                     self._dump("asked for by the supervisor")
             if self._told.by is not None and not progress.stopping and self._told.seconds_left() < _NEAR_S:

@@ -14,10 +14,11 @@ from hpc_ds.cluster.connect import scheduler_named
 from hpc_ds.cluster.shell import run as run_program
 from hpc_ds.config.load import resolved
 from hpc_ds.errors import CommandError, RunError, SchedulerError, SubmitError
-from hpc_ds.run_dir import RunDir, read_object, write_atomic, write_json
+from hpc_ds.run_dir import RunDir, as_text, read_object, write_atomic, write_json
 from hpc_ds.script.render import environment_file, render
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from hpc_ds.config.job import JobConfig
@@ -87,7 +88,55 @@ def note_job(run: RunDir, site: SiteConfig, job_id: str) -> None:
     if before.get("job_id") == job_id:
         return
     earlier = [*before.get("earlier", []), before["job_id"]] if before.get("job_id") else []
-    write_json(run.job, {"job_id": job_id, "site": site.name, "submitted": time.time(), "earlier": earlier})
+    now = time.time()
+    queued = {**before.get("queued", {}), job_id: now}
+    data = {"job_id": job_id, "site": site.name, "submitted": now, "earlier": earlier, "queued": queued}
+    write_json(run.job, data)
+
+
+def changed_files(run: RunDir, job: JobConfig, site: SiteConfig) -> dict[Path, str]:
+    """The texts of the files of a run that another job for it would have; nothing is written.
+
+    The environment is taken from this shell only where the job asks for another one than before.
+
+    Raises:
+        ConfigError: the job does not fit the site or this shell.
+    """
+    old = read_object(run.config)
+    texts = {run.script: render(job, site, run), run.config: as_text(resolved(job))}
+    if (dict(job.env), list(job.env_from)) != (old.get("env", {}), old.get("env_from", [])):
+        texts[run.env] = environment_file(job, site, dict(os.environ))
+    return texts
+
+
+def reconfigure(run: RunDir, texts: dict[Path, str], attempt: int) -> Callable[[], None]:
+    """Change the job of a run from one attempt on, keeping the config before it; returns what takes the change back.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    modes = {run.script: 0o755, run.env: 0o600}
+    kept_config = run.config_before(attempt)
+
+    def write(files: dict[Path, str]) -> None:
+        for path, text in files.items():
+            write_atomic(path, text, modes.get(path, 0o644))
+
+    try:
+        before = {path: path.read_text(encoding="utf-8") for path in texts}
+        changed_already = kept_config.exists()  # for the same attempt, which has not begun
+        if not changed_already:
+            write_atomic(kept_config, before[run.config])
+        write(texts)
+    except OSError as error:
+        raise RunError(f"run folder {str(run.root)!r}: cannot be written: {error.strerror}; check it") from None
+
+    def undo() -> None:
+        write(before)
+        if not changed_already:
+            kept_config.unlink()
+
+    return undo
 
 
 def _provenance(job: JobConfig) -> dict[str, Any]:

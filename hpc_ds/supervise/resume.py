@@ -1,25 +1,40 @@
-"""Continue a run that stopped: by a person's word, where the policy said no."""
+"""Continue a run that stopped: by a person's word, where the policy said no; and with other resources, where they say so."""
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from hpc_ds.cluster.connect import scheduler_named
-from hpc_ds.config.load import load_site
-from hpc_ds.errors import RunError
+from hpc_ds.config.load import build_job, load_site, read_json
+from hpc_ds.errors import RunError, SubmitError
 from hpc_ds.run_dir import read_object
-from hpc_ds.script.submit import queue
+from hpc_ds.script.submit import changed_files, queue, reconfigure
 from hpc_ds.supervise.ledger import read_ledger
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hpc_ds.cluster.scheduler import JobState, Scheduler
+    from hpc_ds.config.site import SiteConfig
     from hpc_ds.run_dir import RunDir
 
+_ENDS_WITHIN_S = 30.0
+_LOOK_EVERY_S = 0.5
+_FIXED = ("site", "name")
 
-def resume(run: RunDir) -> str:
+
+def resume(run: RunDir, overrides: Sequence[str] = ()) -> str:
     """Queue a stopped run again in its own folder, or release it where it is held; returns the job id.
+
+    With ``key=value`` overrides its job is another one from then on: checked as at submit, its script made anew, the
+    old config kept as ``config-before-attempt-N.json``. A job that waits in the queue, or is held there, is cancelled
+    for it and submitted anew.
 
     Raises:
         RunError: it is still going, or has finished.
+        ConfigError: the overrides make no job that could run; nothing is changed.
+        SubmitError: the scheduler refused the job; the run's config is what it was.
     """
     attempts = read_ledger(run)
     if attempts and attempts[-1].cause == "finished":
@@ -29,9 +44,44 @@ def resume(run: RunDir) -> str:
     job = scheduler.show(job_id) if job_id else None
     if job is not None and job.state == "COMPLETING":
         raise RunError(f"run {str(run.root)!r}: job {job_id} is ending; try again in a moment")
-    if job is not None and job.active and not job.held:
-        raise RunError(f"run {str(run.root)!r}: job {job_id} is {job.state.lower()}; it goes on by itself")
+    queued = job is not None and job.active and (job.held or (bool(overrides) and job.state == "PENDING"))
+    if job is not None and job.active and not queued:
+        change = "; `hpcds cancel` it first to change it" if overrides else "; it goes on by itself"
+        raise RunError(f"run {str(run.root)!r}: job {job_id} is {job.state.lower()}{change}")
+    if overrides:
+        return _resume_changed(run, site, overrides, (scheduler, job_id, job))
     if job is not None and job.held and site.scheduler == "slurm":
         scheduler.release(job_id)
         return job_id
     return queue(run, site)
+
+
+def _resume_changed(
+    run: RunDir, site: SiteConfig, overrides: Sequence[str], old: tuple[Scheduler, str, JobState | None]
+) -> str:
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in _FIXED:
+            raise RunError(f"--set {override!r}: a run keeps its {key}; submit a new run instead", value=override)
+    data = read_json(run.config, "run config")
+    job = build_job(data, overrides, file=str(run.config), base=run.root)
+    texts = changed_files(run, job, site)
+    scheduler, job_id, state = old
+    if state is not None and state.active and site.scheduler == "slurm":
+        _end_waiting(scheduler, job_id)
+    undo = reconfigure(run, texts, len(read_ledger(run)) + 1)
+    try:
+        return queue(run, site)
+    except SubmitError:
+        undo()
+        raise
+
+
+def _end_waiting(scheduler: Scheduler, job_id: str) -> None:
+    """Cancel a job that waits; it may have begun just now, and two jobs must not have one run folder."""
+    scheduler.cancel(job_id)
+    deadline = time.monotonic() + _ENDS_WITHIN_S
+    while (job := scheduler.show(job_id)) is not None and job.active:
+        if time.monotonic() > deadline:
+            raise RunError(f"job {job_id}: still ending after {_ENDS_WITHIN_S:g} s; resume the run in a moment")
+        time.sleep(_LOOK_EVERY_S)

@@ -185,8 +185,7 @@ def lost(rank: int, folder: Path) -> str:
     """A rank that leaves neither index nor word: rank 0 does not wait for ever."""
     saves = Background(patience_s=0.3)
     if rank == 1:
-        writer.begin(folder, "step1", content(1))  # the collectives of start, and then silence
-        dist.all_gather_object([None] * WORLD_SIZE, (None, None))
+        writer.begin(folder, "step1", content(1))  # the one collective of start, and then silence
         dist.barrier()
         return ""
     saves.start(folder, "step1", content(1))

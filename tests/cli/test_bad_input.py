@@ -66,7 +66,15 @@ BAD: dict[tuple[str, ...], tuple[int, str]] = {
     ("status", "./folder"): (2, "run 'folder': not a run folder (it has no config.json)"),
     ("status", "/"): (2, "run '/': not a run folder"),
     ("status", "gpt", "--json"): (2, "run 'gpt': neither"),
+    ("status", "gpt", "--watch"): (2, "run 'gpt': neither"),
+    ("status", "train", "gpt"): (2, "run 'train': neither"),
+    ("history", "gpt"): (2, "run 'gpt': neither"),
+    ("report", "gpt", "--json"): (2, "run 'gpt': neither"),
+    ("requeue", "gpt"): (2, "run 'gpt': neither"),
+    ("resume", "gpt", "--nodes", "2"): (2, "run 'gpt': neither"),
     ("logs", "gpt"): (2, "run 'gpt': neither"),
+    ("logs", "gpt", "--rank", "-1"): (2, "--rank '-1': not a rank; use 0, 1, ... or all"),
+    ("logs", "gpt", "--rank", "first"): (2, "--rank 'first': not a rank; use 0, 1, ... or all"),
     ("cancel", "4711"): (2, "run '4711': neither"),
     ("preempt", "4711"): (2, "run '4711': neither"),
     ("resume", "./none"): (2, "run 'none': no such folder; give the folder that `hpcds submit` printed"),
@@ -92,7 +100,8 @@ USAGE: dict[tuple[str, ...], str] = {
     ("config",): "Usage: ",
     ("config", "explain"): "Missing argument",
     ("config", "explain", "sizes.json", "--world-size", "0"): "Invalid value for '--world-size'",
-    ("logs", "gpt", "--rank", "-1"): "Invalid value for '--rank'",
+    ("logs", "gpt", "--attempt", "0"): "Invalid value for '--attempt'",
+    ("cancel",): "Missing argument",
 }
 
 # A script's name -> the name of its run, where none is given.
@@ -232,7 +241,7 @@ def test_a_refused_job_is_told_in_slurms_words(runs: Runs) -> None:
 
 
 def test_a_submitted_job_is_told_to_people_and_to_programs(runs: Runs) -> None:
-    with_slurm(runs, sbatch="echo 25", scontrol="echo JobId=25 JobState=PENDING Reason=Resources")
+    with_slurm(runs, sbatch="echo 25", squeue="echo '25|25|PENDING|7|N/A|N/A||Resources'")
     told = json.loads(runs.hpcds("submit", "job.json", *SLURM, "--json").stdout)
     assert set(told) == {"run_dir", "job_id", "site"}
     assert (told["job_id"], told["site"]) == ("25", "slurm")

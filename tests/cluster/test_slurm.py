@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from fakes import FakeShell, refusal
 
+from hpc_ds.cluster.parse import parse_time
 from hpc_ds.cluster.scheduler import JobState
 from hpc_ds.cluster.slurm import Slurm
 from hpc_ds.errors import CommandError, NoProgramError, ParseError, RefusedError, SchedulerError, SubmitError
@@ -183,3 +184,74 @@ def test_nobody_knows_of_a_node_when_slurm_is_away() -> None:
 
 def test_a_task_that_is_not_there_is_no_job() -> None:
     assert Slurm(FakeShell({"scontrol show job": refusal("Job 8_9 not found")})).show("8_9") is None
+
+
+# As Slurm 22.05 printed them for two nodes of a job, held ones, tasks of an array, and one that ended.
+SQUEUE = """\
+10|10|COMPLETED|4294901752|2026-11-26T15:25:14|2026-11-26T15:25:14|n1|None
+9_2|9|PENDING|4294901753|N/A|N/A||JobArrayTaskLimit
+9_1|12|RUNNING|4294901753|2026-11-26T15:25:14|2026-11-26T15:30:14|n1|None
+13|13|PENDING|4294901750|2026-11-26T15:30:14|2026-11-26T15:35:14||Resources
+8|8|PENDING|0|N/A|N/A||JobHeldUser
+7|7|RUNNING|4294901754|2026-11-26T15:25:13|2026-11-26T15:30:13|n[1-2]|None
+11|11|SPECIAL_EXIT|0|N/A|N/A||job requeued in held state
+"""
+
+
+def test_several_jobs_are_shown_by_one_squeue() -> None:
+    shell = FakeShell({"squeue": SQUEUE})
+    found = Slurm(shell).show_many(["7", "8", "13", "9_2", "12", "10", "11", "999"])
+    (command,) = shell.commands
+    assert command[:7] == ["squeue", "-h", "-r", "-t", "all", "-j", "7,8,13,9_2,12,10,11,999"]
+    assert list(found) == ["7", "8", "13", "9_2", "12", "10", "11"]
+    assert found["7"] == JobState(
+        "RUNNING",
+        nodes="n[1-2]",
+        start_time=parse_time("2026-11-26T15:25:13"),
+        end_time=parse_time("2026-11-26T15:30:13"),
+    )
+    assert (found["8"].held, found["8"].reason) == (True, "JobHeldUser")
+    assert (found["11"].held, found["11"].reason) == (True, "job requeued in held state")
+    assert (found["13"].held, found["13"].start_time) == (False, parse_time("2026-11-26T15:30:14"))
+    assert (found["9_2"].state, found["12"].state) == ("PENDING", "RUNNING")
+    assert not found["10"].active
+
+
+def test_no_job_is_no_question() -> None:
+    shell = FakeShell({})
+    assert Slurm(shell).show_many([]) == {}
+    assert Slurm(shell).accounts([]) == []
+
+
+def test_one_forgotten_job_is_absent() -> None:
+    shell = FakeShell({"squeue": refusal("slurm_load_jobs error: Invalid job id specified\n")})
+    assert Slurm(shell).show_many(["999"]) == {}
+
+
+@pytest.mark.parametrize("name", ["down", "missing", "junk"])
+def test_a_slurm_in_trouble_says_nothing_of_several_jobs(name: str) -> None:
+    with pytest.raises(SchedulerError):
+        Slurm(FakeShell({"squeue": TROUBLES[name]})).show_many(["25", "26"])
+
+
+SACCT = """\
+25|PREEMPTED|61|2026-01-31T13:45:00|n[1-2]
+25|CANCELLED by 0|7|2026-01-31T13:50:00|n3
+26_1|NODE_FAIL|5|2026-01-31T13:40:00|n1
+"""
+
+
+def test_every_start_of_a_job_is_in_the_accounts() -> None:
+    shell = FakeShell({"sacct": SACCT})
+    found = Slurm(shell).accounts(["25", "26_1"])
+    assert [(one.job_id, one.state, one.elapsed_s, one.nodes) for one in found] == [
+        ("26_1", "NODE_FAIL", 5, "n1"),
+        ("25", "PREEMPTED", 61, "n[1-2]"),
+        ("25", "CANCELLED", 7, "n3"),
+    ]
+    assert shell.commands[0][:5] == ["sacct", "-D", "-X", "-P", "-n"]
+
+
+@pytest.mark.parametrize("answer", [refusal("Slurm accounting storage is disabled"), MISSING, "junk\n", ""])
+def test_where_there_is_no_accounting_there_are_no_accounts(answer: Answer) -> None:
+    assert Slurm(FakeShell({"sacct": answer})).accounts(["25"]) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ from fakes import fake_program
 from hpc_ds.cluster import process
 from hpc_ds.cluster.scheduler import JobState
 from hpc_ds.report.follow import follow
-from hpc_ds.report.status import OVER, status_of, steps_lost
+from hpc_ds.report.history import lost_after
+from hpc_ds.report.status import OVER, status_of
 from hpc_ds.report.summary import losses, summary
 from hpc_ds.run_dir import RunDir, append_line, write_json
-from hpc_ds.supervise.ledger import close_attempt, open_attempt
+from hpc_ds.supervise.ledger import Attempt, close_attempt, open_attempt
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,7 +102,7 @@ def test_a_scheduler_that_does_not_answer_leaves_the_state_open(
     write_json(run.site, {"name": "slurm", "scheduler": "slurm"})
     monkeypatch.setenv("PATH", str(tmp_path))
     assert status_of(run).state == "unknown"
-    fake_program(tmp_path, "scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    fake_program(tmp_path, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     found = status_of(run)
     assert (found.state, found.state in OVER) == ("unknown", False)
@@ -110,9 +112,12 @@ def test_a_scheduler_that_does_not_answer_leaves_the_state_open(
 def test_a_run_on_slurm_is_asked_for_there(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json(run.site, {"name": "slurm", "scheduler": "slurm"})
     attempts(run, None)
-    fake_program(tmp_path, "scontrol", "echo JobId=$4 JobState=RUNNING NodeList=$4")
+    fake_program(tmp_path, "squeue", "echo 'local-1|1|RUNNING|7|N/A|2026-01-31T13:45:00|n[1-2]|None'")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert status_of(run).reason == "attempt 1 on local-1"
+    found = status_of(run)
+    assert found.reason == "attempt 1 on n[1-2]"
+    assert (found.queue_state, found.queue_reason, found.nodes) == ("RUNNING", None, "n[1-2]")
+    assert found.ends_at == time.mktime((2026, 1, 31, 13, 45, 0, 0, 0, -1))
 
 
 def test_a_run_that_was_never_submitted_is_over(run: RunDir) -> None:
@@ -130,6 +135,7 @@ def test_the_last_step_and_the_last_save_are_told(run: RunDir) -> None:
     for number in (1, 2, 3):
         step(run, 1, number, loss=1 / number)
     append_line(run.events, {"event": "saved", "attempt": 1, "step": 2})
+    attempts(run, {**QUEUED, "first_step": 1, "last_step": 3, "saved_step": 2}, None)
     step(run, 2, 3, loss=0.25)
     found = status_of(run)
     assert (found.step, found.loss, found.saved_step, found.steps_lost) == (3, 0.25, 2, 1)
@@ -141,6 +147,14 @@ def taken(*attempts: range) -> list[dict[str, Any]]:
         {"event": "step", "attempt": number, "step": taken, "loss": 1.0}
         for number, steps in enumerate(attempts, start=1)
         for taken in steps
+    ]
+
+
+def ledger_of(*attempts: range) -> list[Attempt]:
+    """What the supervisor writes of them."""
+    return [
+        Attempt(number, cause="crashed", first_step=min(steps, default=None), last_step=max(steps, default=None))
+        for number, steps in enumerate(attempts, start=1)
     ]
 
 
@@ -160,17 +174,20 @@ LOST = {
 @pytest.mark.parametrize(("steps", "lost"), LOST.values(), ids=LOST)
 def test_steps_lost_are_steps_taken_again(steps: tuple[range, ...], lost: int) -> None:
     events = taken(*steps)
-    assert steps_lost(events) == lost
+    assert sum(lost_after(ledger_of(*steps))) == lost
     assert lost == len(events) - len({event["step"] for event in events})
 
 
-def test_other_events_lose_no_steps() -> None:
-    events = [
-        {"event": "saved", "attempt": 1, "step": 2},
-        *taken(range(1, 4)),
-        {"event": "resumed", "attempt": 2, "step": 0},
-    ]
-    assert steps_lost(events) == 0
+def test_steps_are_lost_by_the_attempt_that_took_them() -> None:
+    assert lost_after(ledger_of(range(1, 11), range(0), range(9, 12), range(11, 13))) == [2, 0, 1, 0]
+
+
+def test_what_a_running_attempt_took_again_is_known_by_the_checkpoint_it_began_from() -> None:
+    first = Attempt(1, cause="crashed", first_step=1, last_step=25, saved_step=20)
+    assert lost_after([first]) == [0], "nothing was taken again yet"
+    assert lost_after([first, Attempt(2)]) == [5, 0]
+    assert lost_after([first, Attempt(2, cause="crashed", saved_step=20), Attempt(3)]) == [5, 0, 0]
+    assert lost_after([first, Attempt(2, cause="finished", first_step=21, last_step=30)]) == [5, 0]
 
 
 def test_of_a_step_taken_twice_the_last_loss_counts(run: RunDir) -> None:
