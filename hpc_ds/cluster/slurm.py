@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hpc_ds.cluster.parse import (
     ACCOUNT_FORMAT,
+    IS_DOWN,
     QUEUE_FORMAT,
     parse_accounts,
     parse_fields,
@@ -31,7 +32,11 @@ _FOR_NOW = re.compile(
     re.IGNORECASE,
 )
 _DEFAULT_KILL_WAIT_S = 30.0
-_IS_DOWN = re.compile(r"down|drain|fail|unk|.*\*")  # states of sinfo; an asterisk: it does not answer
+
+
+def is_for_now(stderr: str) -> bool:
+    """Whether these words of a client say that slurmctld is away or busy, rather than that it has decided."""
+    return _FOR_NOW.search(stderr) is not None
 
 
 class Slurm:
@@ -129,7 +134,7 @@ class Slurm:
     def _working_nodes(self, partition: str) -> set[str]:
         command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T"]
         lines = [line.split() for line in self._shell(command, timeout_s=20.0).stdout.splitlines()]
-        return {words[0] for words in lines if len(words) == 2 and not _IS_DOWN.match(words[1])}
+        return {words[0] for words in lines if len(words) == 2 and not IS_DOWN.match(words[1])}
 
     def release(self, job_id: str) -> None:
         """Let a held job start."""
@@ -150,7 +155,7 @@ class Slurm:
             state = self._shell(["sinfo", "--noheader", "--nodes", node, "--format=%T"], timeout_s=20.0).stdout
         except SchedulerError:
             return False
-        return any(_IS_DOWN.match(word) for word in state.split())
+        return any(IS_DOWN.match(word) for word in state.split())
 
     def _ask(self, command: list[str]) -> None:
         """Ask for something that Slurm may decline.
