@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from hpc_ds.cli.options import (
     AccountOption,
+    AfterOption,
     ConstraintOption,
     CoresOption,
     FollowOption,
@@ -31,11 +33,15 @@ from hpc_ds.cli.options import (
 if TYPE_CHECKING:
     from hpc_ds.config.job import JobConfig
     from hpc_ds.config.site import SiteConfig
+    from hpc_ds.script.waiting import Wait
 
 
 def submit(
     target: Annotated[str, typer.Argument(metavar="JOB.json|SCRIPT.py", help="A job file, or a training script.")],
-    args: Annotated[list[str] | None, typer.Argument(metavar="[-- ARGS]", help="Arguments for the script.")] = None,
+    args: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- ARGS]", help="Arguments for the script; with --chain further job files."),
+    ] = None,
     site: SiteOption = None,
     overrides: SetOption = None,
     runs: RunsOption = Path("runs"),
@@ -53,6 +59,10 @@ def submit(
     training: Annotated[
         Path | None, typer.Option("--deepspeed-config", "--training", help="The DeepSpeed JSON.")
     ] = None,
+    after: AfterOption = None,
+    chain: Annotated[
+        bool, typer.Option("--chain", help="Several job files: each starts when the one before has finished.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script and the plan, and stop.")] = False,
     unchecked: UncheckedOption = False,
     follow: FollowOption = False,
@@ -67,12 +77,42 @@ def submit(
         "mem": mem, "time": time, "partition": partition, "account": account, "qos": qos, "constraint": constraint,
     }  # fmt: skip
     asked = options_as_overrides(resources, name=name, training=training) + (overrides or [])
-    job = _load(target, asked, args or [])
-    chosen = _site(job, site)
+    jobs = _jobs([target, *(args or [])], asked) if chain else [_load(target, asked, args or [])]
+    wanted = Wanted(jobs, [_site(job, site) for job in jobs], runs, after or [], check=not unchecked)
     if dry_run:
-        _preview(job, chosen, runs, check=not unchecked, json_output=json_output)
+        _preview(wanted, json_output=json_output)
     else:
-        _submit(job, chosen, runs, check=not unchecked, follow=follow, json_output=json_output)
+        _submit(wanted, chain=chain, follow=follow, json_output=json_output)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a submit asks for: jobs, the site of each, where the runs are, and what they wait for."""
+
+    jobs: list[JobConfig]
+    sites: list[SiteConfig]
+    runs: Path
+    after: list[str]
+    check: bool
+
+    def waits(self) -> list[Wait]:
+        """What the first job waits for."""
+        if not self.after:
+            return []
+        from hpc_ds.cluster.queue import Queue
+        from hpc_ds.report.after import read_waits
+
+        return read_waits(self.after, self.runs, self.sites[0], Queue())
+
+
+def _jobs(targets: list[str], overrides: list[str]) -> list[JobConfig]:
+    """The jobs of a chain."""
+    from hpc_ds.errors import ConfigError
+
+    for target in targets:
+        if not target.endswith(".json"):
+            raise ConfigError(f"--chain {target!r}: not a job file; give files such as a.json b.json", value=target)
+    return [_load(target, overrides, []) for target in targets]
 
 
 def _site(job: JobConfig, name: str | None) -> SiteConfig:
@@ -81,30 +121,43 @@ def _site(job: JobConfig, name: str | None) -> SiteConfig:
     return load_site(name or _site_name(job))
 
 
-def _preview(job: JobConfig, site: SiteConfig, runs: Path, *, check: bool, json_output: bool) -> None:
+def _preview(wanted: Wanted, *, json_output: bool) -> None:
     from hpc_ds.script.plan import plan_lines
     from hpc_ds.script.submit import preview
 
-    text, plan = preview(job, site, runs, check=check)
+    wanted.waits()
+    data = []
+    for job, site in zip(wanted.jobs, wanted.sites, strict=True):
+        text, plan = preview(job, site, wanted.runs, check=wanted.check)
+        data.append({"site": site.name, "script": text, "plan": plan.as_data()})
+        if not json_output:
+            lines = "\n".join(f"# {line}" for line in plan_lines(plan))
+            typer.echo(f"{text}\n# The plan; nothing is queued yet.\n{lines}")
     if json_output:
-        typer.echo(json.dumps({"site": site.name, "script": text, "plan": plan.as_data()}))
-        return
-    typer.echo(text + "\n# The plan; nothing is queued yet.\n" + "\n".join(f"# {line}" for line in plan_lines(plan)))
+        typer.echo(json.dumps(data[0] if len(data) == 1 else data))
 
 
-def _submit(job: JobConfig, site: SiteConfig, runs: Path, *, check: bool, follow: bool, json_output: bool) -> None:
+def _submit(wanted: Wanted, *, chain: bool, follow: bool, json_output: bool) -> None:
     from hpc_ds.script.submit import submit as submit_job
+    from hpc_ds.script.submit import submit_chain
 
-    done = submit_job(job, site, runs, check=check)
-    warn(done.warnings)
-    if json_output:
-        typer.echo(json.dumps({"run_dir": str(done.run.root), "job_id": done.job_id, "site": site.name}))
+    jobs = list(zip(wanted.jobs, wanted.sites, strict=True))
+    if chain:
+        done = submit_chain(jobs, wanted.runs, waits=wanted.waits(), check=wanted.check)
     else:
-        typer.echo(f"job {done.job_id} on site {site.name}\nrun {done.run.root}")
+        done = [submit_job(*jobs[0], wanted.runs, waits=wanted.waits(), check=wanted.check)]
+    data = []
+    for one, site in zip(done, wanted.sites, strict=True):
+        warn(one.warnings)
+        data.append({"run_dir": str(one.run.root), "job_id": one.job_id, "site": site.name})
+        if not json_output:
+            typer.echo(f"job {one.job_id} on site {site.name}\nrun {one.run.root}")
+    if json_output:
+        typer.echo(json.dumps(data if chain else data[0]))
     if follow:
         from hpc_ds.cli.runs import show_until_over
 
-        show_until_over(done.run)
+        show_until_over(done[-1].run)
 
 
 def _load(target: str, overrides: list[str], args: list[str]) -> JobConfig:

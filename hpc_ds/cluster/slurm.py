@@ -46,13 +46,15 @@ class Slurm:
         self._shell = shell
 
     def submit(self, run: RunDir, after: str | None = None, exclude: Sequence[str] = ()) -> str:
-        """Queue the script of a run, to start when job ``after`` has ended, on none of the nodes ``exclude``.
+        """Queue the script of a run, on none of the nodes ``exclude``.
+
+        ``after`` is a job that must have ended first, or a dependency in Slurm's words, such as ``afterok:12``.
 
         Raises:
             SubmitError: there is no sbatch, or it refused the job; its words are in the message.
         """
         try:
-            options = [f"--dependency=afterany:{after}"] if after else []
+            options = [f"--dependency={after if ':' in after else f'afterany:{after}'}"] if after else []
             options += [f"--exclude={','.join(exclude)}"] if exclude else []
             answer = self._shell(["sbatch", "--parsable", *options, str(run.script)], timeout_s=60.0)
         except NoAnswerError as error:
@@ -130,6 +132,10 @@ class Slurm:
                 f"job {job_id}: of its partition only {len(left)} nodes would be left, and it needs {needed}"
             )
         self._ask(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}"])
+
+    def depend(self, job_id: str, dependency: str) -> None:
+        """Let a waiting job wait for this instead."""
+        self._ask(["scontrol", "update", f"JobId={job_id}", f"Dependency={dependency}"])
 
     def _working_nodes(self, partition: str) -> set[str]:
         command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T"]

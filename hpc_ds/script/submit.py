@@ -18,13 +18,14 @@ from hpc_ds.cluster.precheck import Answer, ask
 from hpc_ds.cluster.shell import run as run_program
 from hpc_ds.config.load import resolved
 from hpc_ds.config.paths import check_paths
-from hpc_ds.errors import CommandError, RunError, SchedulerError, SubmitError
+from hpc_ds.errors import CommandError, HpcdsError, RunError, SchedulerError, SubmitError
 from hpc_ds.run_dir import RunDir, as_text, read_object, write_atomic, write_json
 from hpc_ds.script.plan import Plan, plan_of
 from hpc_ds.script.render import environment_file, render
+from hpc_ds.script.waiting import Wait, dependency, redirect, write_waits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from hpc_ds.config.job import JobConfig
     from hpc_ds.config.site import SiteConfig
@@ -64,13 +65,16 @@ def preview(job: JobConfig, site: SiteConfig, runs: Path, *, check: bool = True)
         return text, plan_of(job, site, ask_scheduler(script, job, site))
 
 
-def submit(job: JobConfig, site: SiteConfig, runs: Path, *, check: bool = True) -> Submitted:
+def submit(
+    job: JobConfig, site: SiteConfig, runs: Path, *, waits: Sequence[Wait] = (), check: bool = True
+) -> Submitted:
     """Make the run folder and queue its job.
 
     Args:
         job: what is asked for.
         site: where.
         runs: where the run folder is made.
+        waits: other runs that must be over first.
         check: first hold it against the site's limits, its files, and what the scheduler says of it.
 
     Raises:
@@ -85,7 +89,9 @@ def submit(job: JobConfig, site: SiteConfig, runs: Path, *, check: bool = True) 
     try:
         if check:
             plan = plan_of(job, site, ask_scheduler(run.script, job, site))
-        job_id = queue(run, site)
+        if waits:
+            write_waits(run, waits)
+        job_id = queue(run, site, dependency(waits))
     except SubmitError:
         shutil.rmtree(run.root, ignore_errors=True)
         raise
@@ -93,6 +99,29 @@ def submit(job: JobConfig, site: SiteConfig, runs: Path, *, check: bool = True) 
         raise SchedulerError(f"{error}; its run folder {str(run.root)!r} is kept") from error
     run.remember()
     return Submitted(run, job_id, [*plan.warnings, *_unverified(plan)])
+
+
+def submit_chain(
+    jobs: Sequence[tuple[JobConfig, SiteConfig]], runs: Path, *, waits: Sequence[Wait] = (), check: bool = True
+) -> list[Submitted]:
+    """Queue jobs that start one after the other, each when the one before has finished. All are checked first.
+
+    Raises:
+        ConfigError, RunError, SubmitError: see ``submit``. What was queued by then is cancelled again.
+    """
+    if check:
+        for job, site in jobs:
+            preview(job, site, runs)
+    done: list[Submitted] = []
+    for job, site in jobs:
+        before = [Wait(done[-1].run.root, done[-1].job_id, "ok")] if done else waits
+        try:
+            done.append(submit(job, site, runs, waits=before, check=False))
+        except HpcdsError:
+            for one in reversed(done):
+                scheduler_named(site.scheduler, one.run).cancel(one.job_id)
+            raise
+    return done
 
 
 def ask_scheduler(script: Path, job: JobConfig, site: SiteConfig) -> Answer:
@@ -135,10 +164,16 @@ def prepare(job: JobConfig, site: SiteConfig, runs: Path) -> RunDir:
     return run
 
 
-def queue(run: RunDir, site: SiteConfig) -> str:
-    """Hand the script of a run to its scheduler and write down the job id; also for a run that goes on."""
-    job_id = scheduler_named(site.scheduler, run).submit(run)
+def queue(run: RunDir, site: SiteConfig, after: str | None = None) -> str:
+    """Hand the script of a run to its scheduler and write down the job id; also for a run that goes on.
+
+    ``after`` is what it waits for, in Slurm's words.
+    """
+    scheduler = scheduler_named(site.scheduler, run)
+    before = str(read_object(run.job).get("job_id", ""))
+    job_id = scheduler.submit(run, after)
     note_job(run, site, job_id)
+    redirect(run, before, job_id, scheduler)
     return job_id
 
 
