@@ -9,15 +9,18 @@ import pty
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from fakes import fake_program
 from whole_runs import Run, Runs, wait_until
 
+from hpc_ds.report.goodput import IN_ALLOCATION, OUTSIDE
+from hpc_ds.supervise.ledger import Attempt
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 # A rank that takes steps as an engine would tell of them, until it is told to stop; the last attempt finishes.
 PROGRAM = """
@@ -308,3 +311,16 @@ def test_a_terminal_shows_a_run_live(played: Runs) -> None:
     assert watching.returncode == 0
     assert b"finished in attempt 1" in shown
     assert b"run folder" in shown
+
+
+DOCUMENTED = (Path(__file__).resolve().parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
+HISTORY_KEYS = {*Attempt.__dataclass_fields__, "seconds", "running", "lost_steps"}
+REPORT_KEYS = {
+    "run_dir", "name", "state", "goodput", "seconds", "unit", "hours", "hours_by_cause", "sacct_allocated_s", "attempts",
+    "allocated", *IN_ALLOCATION, *OUTSIDE, "number", "cause", "devices",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", sorted({*STATUS_KEYS, *HISTORY_KEYS, *REPORT_KEYS, "age_s", "line", "action"}))
+def test_every_key_is_documented(key: str) -> None:
+    assert f"`{key}`" in DOCUMENTED
