@@ -39,14 +39,16 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from hpc_ds.checkpoint import reader, shards, writer
-from hpc_ds.checkpoint.background import Background
-from hpc_ds.checkpoint.blocks import LANES, Aligned, write_all
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+from hpc_ds.checkpoint import reader, shards, writer  # noqa: E402 - of this checkout
+from hpc_ds.checkpoint.background import Background  # noqa: E402
+from hpc_ds.checkpoint.blocks import LANES, Aligned, write_all  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 WORLD_SIZE = 2
 RAW_BYTES = 8 << 20  # of one raw write
 STEP = (192, 1024, 12)  # of a training step: rows, columns, multiplications
@@ -195,7 +197,6 @@ class DeepSpeed:
     """The ranks of the peer, in processes of their own; for rank 0."""
 
     def __init__(self, home: Path, folder: Path, layers: int) -> None:
-        sys.path.insert(0, str(REPOSITORY / "tests"))
         from deepspeed_peer import FOR_EVERY_RANK, FOREIGN_PREFIXES
 
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN_PREFIXES)}
@@ -444,7 +445,6 @@ def main() -> None:
 
 def deepspeed_folder(given: Path | None) -> Path | None:
     """Where the peer stands; None where it was not installed."""
-    sys.path.insert(0, str(REPOSITORY / "tests"))
     from deepspeed_peer import FOLDER
 
     folder = given or FOLDER

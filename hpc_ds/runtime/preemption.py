@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from hpc_ds.run_dir import RunDir
 from hpc_ds.runtime.failures import tell_of_errors
+from hpc_ds.runtime.leaving import leaving
 from hpc_ds.runtime.progress import mark, progress
 from hpc_ds.runtime.rank import rank_from_environment
 from hpc_ds.runtime.request import request as _request
@@ -38,6 +39,7 @@ class Preempted(SystemExit):
     def __init__(self, message: str = "") -> None:
         super().__init__(EXIT_CODE)
         self.message = message
+        leaving.hurry()
 
     def __str__(self) -> str:
         return self.message or "checkpointed on request"
@@ -74,8 +76,9 @@ def step(number: int, loss: SupportsFloat | None = None) -> None:
     seconds = _own_loop.seconds_since_last_step()
     progress.step = number
     mark("training")
-    value = None if loss is None or not math.isfinite(float(loss)) else float(loss)
-    _own_loop.record("step", step=number, loss=value, lr=None, grad_norm=None, seconds=round(seconds, 6))
+    value = math.nan if loss is None else float(loss)
+    shown = value if math.isfinite(value) else None
+    _own_loop.record("step", step=number, loss=shown, lr=None, grad_norm=None, seconds=round(seconds, 6))
 
 
 def saved(number: int, seconds: float | None = None) -> None:

@@ -95,8 +95,8 @@ class Request:
 
     @property
     def signals(self) -> set[signal.Signals]:
-        """Those that are listened to."""
-        return set(self._before)
+        """Those that are listened to; not one that the script has a handler of its own for since."""
+        return {number for number in self._before if signal.getsignal(number) == self.hear}
 
     def listen(self, numbers: set[signal.Signals]) -> None:
         """Take signals as a request to stop, from now on; once, and in the main thread only."""
@@ -110,9 +110,9 @@ class Request:
     def _leave_child_alone(self) -> None:
         """A forked child is no rank: SIGTERM ends it, as whoever forked it expects, and the warning does not."""
         self.watched = False
-        for number, before in self._before.items():
-            if signal.getsignal(number) == self.hear:
-                signal.signal(number, (before or signal.SIG_DFL) if number == signal.SIGTERM else signal.SIG_IGN)
+        for number in self.signals:
+            before = self._before[number] or signal.SIG_DFL
+            signal.signal(number, before if number == signal.SIGTERM else signal.SIG_IGN)
 
     def hear(self, number: int, _frame: FrameType | None = None) -> None:
         """Take note of a signal; nothing else is done in a handler."""

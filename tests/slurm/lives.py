@@ -79,10 +79,9 @@ class Life:
         )
 
     def wait_for_attempt(self, run: Run, number: int, *, closed: bool = False) -> None:
-        """Wait until an attempt has begun, or has ended; a requeued one is let go at once."""
+        """Wait until an attempt has begun, or has ended."""
 
         def there() -> bool:
-            self.hurry(run)
             found = [attempt for attempt in attempts(run) if attempt.number == number]
             return bool(found) and (found[0].cause is not None or not closed)
 
@@ -92,7 +91,6 @@ class Life:
         """Wait until nothing more happens with the run, and none of its processes is left."""
 
         def over() -> bool:
-            self.hurry(run)
             ledger = attempts(run)
             last = ledger[-1] if ledger else None
             return last is not None and (last.action in {"finish", "hold"} or last.cause == "cancelled")
@@ -100,12 +98,6 @@ class Life:
         self.wait_for(over, run, "the end of the run")
         self.wait_for(lambda: not processes_of(run), run, "the end of all its processes")
         return run
-
-    def hurry(self, run: Run) -> None:
-        """Let a requeued job start now, which would wait for the life of its credential; Slurm allows its owner that."""
-        job = self.cluster.run("squeue", "-h", "-t", "PENDING", "-o", "%r", "-j", job_id_of(run), check=False)
-        if job.stdout.strip() == "BeginTime":
-            self.cluster.run("scontrol", "update", f"JobId={job_id_of(run)}", "StartTime=now", check=False)
 
 
 def live(cluster: SlurmCluster, folder: Path, stories: Mapping[str, list[Callable[[Life], Any]]]) -> Told:
@@ -137,6 +129,10 @@ class Told:
     def __call__(self, story: Callable[[Life], Any]) -> Any:
         """What a story returned; what it raised is raised here, in its own test."""
         return self.futures[story.__name__].result()
+
+    def __add__(self, later: Told) -> Told:
+        """Both."""
+        return Told({**self.futures, **later.futures})
 
 
 def attempts(run: Run) -> list[Attempt]:
