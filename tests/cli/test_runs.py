@@ -260,6 +260,19 @@ def test_a_waiting_job_that_is_changed_is_cancelled_and_submitted_anew(played: R
     assert (run.folder / "config-before-attempt-1.json").read_text() == before, "no attempt has begun since"
 
 
+def test_a_resumed_run_keeps_off_the_nodes_that_failed_it(played: Runs) -> None:
+    (run,) = submitted(played, 1)
+    fake_program(played.folder / "bin", "sinfo", "echo n1 idle; echo n2 idle; echo n3 idle")
+    (played.folder / "said").write_text("CANCELLED Partition=main NumNodes=1")
+    lines = [
+        {"event": "closed", "number": number, "closed": 2.0, "cause": "node_failure", "node": "n1"} for number in (1, 2)
+    ]
+    (run.folder / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told(played, "resume", "gpt")
+    assert "scontrol update JobId=26 ExcNodeList=n1" in called(played, "scontrol")
+    assert told(played, "status", "gpt")["excluded_nodes"] == ["n1"]
+
+
 def test_a_refused_change_leaves_the_run_as_it_was(played: Runs) -> None:
     (run,) = submitted(played, 1)
     (played.folder / "said").write_text("CANCELLED")
