@@ -104,12 +104,12 @@ def requeued_by_an_administrator(life: Life) -> Run:
 
 @pytest.fixture(scope="module")
 def told(slurm_cluster: SlurmCluster, left_alone: Run, tmp_path_factory: pytest.TempPathFactory) -> Told:
-    stories = {
-        "n1,n2": [tasks_of_an_array, told_to_stop_by_a_person],
-        "n3,n4": [a_job_that_may_not_be_requeued, a_heterogeneous_job, requeued_by_an_administrator],
-    }
+    lanes = [
+        ("n1,n2", [tasks_of_an_array, told_to_stop_by_a_person]),
+        ("n3,n4", [a_job_that_may_not_be_requeued, a_heterogeneous_job, requeued_by_an_administrator]),
+    ]
     slurm_cluster.reset()
-    return live(slurm_cluster, tmp_path_factory.mktemp("odd-jobs"), stories)
+    return live(slurm_cluster, tmp_path_factory.mktemp("odd-jobs"), *lanes)
 
 
 def test_of_an_array_only_the_task_that_stopped_is_requeued(told: Told, left_alone: Run) -> None:
