@@ -79,13 +79,13 @@ def test_several_runs_are_told_of_and_a_held_one_is_changed(slurm_cluster: Slurm
 def test_a_requeued_run_is_queued_by_slurm_and_said_to_wait(slurm_cluster: SlurmCluster, runs: Runs) -> None:
     run = submitted(runs)
     run.wait_for_step(3)
-    slurm_cluster.run("scontrol", "update", "NodeName=n[1-4]", "State=DRAIN", "Reason=test")  # so that it waits
+    slurm_cluster.run("scontrol", "update", "NodeName=ALL", "State=DRAIN", "Reason=test")  # so that it waits
     assert told(runs, "requeue", run.job_id)["action"] == "requeued"
     wait_until(lambda: run.status()["state"] == "waiting", 60, run, "its place in the queue")
     refused = runs.hpcds("requeue", run.job_id, check=False)
     assert refused.returncode == 2
     assert "it is in the queue already" in refused.stderr
-    slurm_cluster.run("scontrol", "update", "NodeName=n[1-4]", "State=RESUME")
+    slurm_cluster.run("scontrol", "update", "NodeName=ALL", "State=RESUME")
     lines = runs.hpcds("status", "--watch", run.job_id).stdout.splitlines()
     assert "finished (finished in attempt 2)" in lines[-1]
     rows = told(runs, "history", run.job_id)
