@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +16,8 @@ from lives import causes, processes_of, taken_again
 from whole_runs import GPT, SMALL, Run, Runs
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.slurm
