@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
 from hpc_ds.cluster.connect import scheduler_named
-from hpc_ds.config.load import build_job, load_site, read_json
+from hpc_ds.config.load import build_job, load_resolved, load_site, read_json
 from hpc_ds.config.paths import check_paths
 from hpc_ds.config.site_rules import check_job
-from hpc_ds.errors import RunError, SubmitError
+from hpc_ds.errors import RunError, SchedulerError, SubmitError
 from hpc_ds.run_dir import read_object
 from hpc_ds.script.submit import ask_scheduler, changed_files, queue, reconfigure
+from hpc_ds.script.waiting import dependency, read_waits
 from hpc_ds.supervise.ledger import read_ledger
+from hpc_ds.supervise.policy import excluded_nodes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +58,18 @@ def resume(run: RunDir, overrides: Sequence[str] = ()) -> str:
     if job is not None and job.held and site.scheduler == "slurm":
         scheduler.release(job_id)
         return job_id
-    return queue(run, site)
+    return _queue(run, site)
+
+
+def _queue(run: RunDir, site: SiteConfig, after: str | None = None) -> str:
+    """Queue the run; the new job keeps off the nodes that failed its earlier ones, where enough others are left."""
+    job = load_resolved(run.config)
+    job_id = queue(run, site, after)
+    excluded = excluded_nodes(read_ledger(run), job.restart.max_excluded_nodes)
+    if excluded and site.scheduler == "slurm":
+        with contextlib.suppress(SchedulerError):
+            scheduler_named(site.scheduler, run).exclude(job_id, [*job.resources.exclude, *excluded])
+    return job_id
 
 
 def _resume_changed(
@@ -76,7 +90,8 @@ def _resume_changed(
     undo = reconfigure(run, texts, len(read_ledger(run)) + 1)
     try:
         ask_scheduler(run.script, job, site)
-        return queue(run, site)
+        waits = state is not None and state.reason == "Dependency"  # for other runs, and goes on waiting
+        return _queue(run, site, dependency(read_waits(run)) if waits else None)
     except SubmitError:
         undo()
         raise
