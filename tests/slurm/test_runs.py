@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from lives import causes, processes_of, taken_again
+from run_facts import causes, processes_of, taken_again
 from whole_runs import GPT, SMALL, Run, Runs
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.slurm
