@@ -9,17 +9,17 @@ in the beat and by its own clock. A rank is *still* when it writes that its main
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hpc_ds.supervise.hang import read_beat
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from hpc_ds.run_dir import RunDir
+    from hpc_ds.supervise.hang import Beat
 
 _SHORTEST_PERIOD_S, _LONGEST_PERIOD_S, _RANKS_PER_S = 2.0, 30.0, 50
 _SILENT_PERIODS, _SILENT_S, _ALL_SILENT_S = 3, 30.0, 120.0
@@ -51,7 +51,7 @@ def quiet_ranks(run: RunDir, attempt: int, step_s: float | None, pulse: Pulse | 
         step_s: what a step takes; None where that is not known.
         pulse: what was seen before, of whoever looks again and again.
     """
-    beats = [read for path in _files(run.beats(attempt)) if (read := _read(path)) is not None]
+    beats = _read(run.beats(attempt))
     if not beats:
         return []
     period_s = min(max(_SHORTEST_PERIOD_S, len(beats) / _RANKS_PER_S), _LONGEST_PERIOD_S)
@@ -63,39 +63,27 @@ def quiet_ranks(run: RunDir, attempt: int, step_s: float | None, pulse: Pulse | 
     for written, beat in beats:
         silent_s = newest - written + all_old_s
         if pulse is not None:
-            silent_s = max(silent_s, pulse.quiet_s(beat["rank"], beat["count"], now))
-        still_s = _number(beat, "still_s")
-        if beat.get("phase") in _OVER:
+            silent_s = max(silent_s, pulse.quiet_s(beat.rank, beat.count, now))
+        if beat.phase in _OVER:
             continue
         if silent_s > silent_from_s:
             found.append(_quiet(beat, "silent", silent_s))
-        elif still_s > still_from_s:
-            found.append(_quiet(beat, "still", still_s))
+        elif beat.still_s > still_from_s:
+            found.append(_quiet(beat, "still", beat.still_s))
     return sorted(found, key=lambda one: (-one["seconds"], one["rank"]))
 
 
-def _quiet(beat: Mapping[str, Any], how: str, seconds: float) -> dict[str, Any]:
-    told = {key: beat.get(key) for key in ("rank", "host", "step", "phase", "where")}
+def _quiet(beat: Beat, how: str, seconds: float) -> dict[str, Any]:
+    told = {key: getattr(beat, key) for key in ("rank", "host", "step", "phase", "where")}
     return {**told, "how": how, "seconds": round(seconds, 1)}
 
 
-def _number(beat: Mapping[str, Any], key: str) -> float:
-    value = beat.get(key)
-    return float(value) if isinstance(value, int | float) else 0.0
-
-
-def _files(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if path.name.startswith("rank-"))
-    except OSError:
-        return []
-
-
-def _read(path: Path) -> tuple[float, dict[str, Any]] | None:
-    """When a beat was written, and what it says; None of one that is torn or gone."""
-    with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
-        written = os.fstat(file.fileno()).st_mtime
-        beat = json.loads(file.readline())
-        if isinstance(beat, dict) and isinstance(beat.get("rank"), int) and isinstance(beat.get("count"), int):
-            return written, beat
-    return None
+def _read(folder: Path) -> list[tuple[float, Beat]]:
+    """When each beat was written, and what it says; without those that are torn."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            beat = read_beat(path)
+            if beat is not None:
+                found.append((path.stat().st_mtime, beat))
+    return found

@@ -7,12 +7,14 @@ what they told before stands in the ledger.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpc_ds.checkpoint.layout import newest_step
 from hpc_ds.cluster.queue import Queue
 from hpc_ds.cluster.scheduler import JobState
 from hpc_ds.errors import SchedulerError
-from hpc_ds.launch.failure import in_words
 from hpc_ds.report.beats import Pulse, quiet_ranks
 from hpc_ds.report.history import lost_after
 from hpc_ds.report.progress import progress, samples_per_step, steps_in_all
@@ -22,7 +24,6 @@ from hpc_ds.supervise.policy import excluded_nodes
 from hpc_ds.tail import end_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from collections.abc import Mapping, Sequence
 
     from hpc_ds.cluster.queue import Answer
@@ -51,7 +52,7 @@ class Status:
             since the epoch, None where nobody knows.
         steps: how many the run takes in all; None where neither the job's ``steps`` nor its schedule says.
         steps_per_s, samples_per_s: over the last 50 steps of the last attempt; None before it took two.
-        eta_s: seconds until the last step of a running run at that rate; None where not known.
+        eta_s: seconds until the last step of a running run at that rate; None where not known, or a rank is quiet.
         failure: the rank that failed first, of a run that is held or failed.
         quiet_ranks: ranks that are silent or still for long.
     """
@@ -144,6 +145,7 @@ def _status(
     batch = samples_per_step(config)
     ours = not attempts or done.attempt == attempts[-1].number
     rate = done.steps_per_s if ours else None
+    quiet = _quiet(run, attempts[-1], rate, pulses) if running else []
     return Status(
         run_dir=str(run.root),
         name=str(config.get("name", "")),
@@ -153,7 +155,7 @@ def _status(
         reason=reason,
         step=done.step,
         loss=done.loss,
-        saved_step=saved_step(run),
+        saved_step=_saved_step(run, config),
         steps_lost=sum(lost_after(attempts)),
         queue_state=None if job is None else job.state,
         queue_reason=None if job is None or job.reason == "None" else job.reason,
@@ -165,10 +167,10 @@ def _status(
         steps=steps,
         steps_per_s=rate,
         samples_per_s=None if rate is None or batch is None else rate * batch,
-        eta_s=_eta_s(done, steps, rate) if running else None,
+        eta_s=_eta_s(done, steps, rate) if running and not quiet else None,
         submitted=read_object(run.provenance).get("submitted", job_file.get("submitted")),
-        failure=_failure(run, attempts[-1]) if attempts and state in {"held", "failed"} else None,
-        quiet_ranks=_quiet(run, attempts[-1], rate, pulses) if running else [],
+        failure=_failure(attempts[-1]) if attempts and state in {"held", "failed"} else None,
+        quiet_ranks=quiet,
         attempts=attempts,
     )
 
@@ -197,21 +199,28 @@ def _quiet(
     return quiet_ranks(run, attempt.number, 1 / rate if rate else None, pulse)
 
 
-def _failure(run: RunDir, attempt: Attempt) -> dict[str, Any] | None:
-    """The rank that failed first, in words, and the end of its traceback."""
+def _saved_step(run: RunDir, config: Mapping[str, Any]) -> int | None:
+    """As the ledger has it, but manifests are read again only where something was renamed in or out since."""
+    folder = Path((config.get("checkpoint") or {}).get("dir") or run.checkpoints)
+    try:
+        committed = _newest_step(folder, folder.stat().st_mtime_ns)
+    except OSError:
+        committed = None
+    return committed if committed is not None else saved_step(run)
+
+
+@lru_cache(maxsize=1024)
+def _newest_step(folder: Path, _changed_ns: int) -> int | None:
+    return newest_step(folder)
+
+
+def _failure(attempt: Attempt) -> dict[str, Any] | None:
+    """The rank that failed first, and the end of what it said."""
     if attempt.failure is None:
         return None
-    failure = dict(attempt.failure)
-    rank, code = failure.get("rank"), failure.get("exit_code")
-    raised = read_object(run.failures(attempt.number) / f"rank-{rank}.json") if rank is not None else {}
-    lines = raised.get("traceback") or failure.get("traceback") or failure.get("last_lines") or []
-    words = in_words(code) if isinstance(code, int) and rank is not None else str(failure.get("how", ""))
-    return {
-        **failure,
-        "attempt": attempt.number,
-        "words": words,
-        "traceback": [line.rstrip("\n") for line in lines][-_TRACEBACK_LINES:],
-    }
+    said = attempt.failure.get("traceback") or attempt.failure.get("last_lines") or []
+    lines = [line for text in said for line in text.rstrip("\n").split("\n")]
+    return {**attempt.failure, "attempt": attempt.number, "traceback": lines[-_TRACEBACK_LINES:]}
 
 
 def _state(answer: Answer, attempts: list[Attempt]) -> tuple[str, str]:

@@ -106,7 +106,7 @@ def failure_lines(status: Status) -> list[str]:
     if failure is None:
         return []
     who = "the launcher" if failure.get("rank") is None else f"rank {failure['rank']} on {failure.get('host')}"
-    return [f"failed first: {who}, {failure['words']}", *(f"    {line}" for line in failure["traceback"])]
+    return [f"failed first: {who}, {failure.get('how')}", *(f"    {line}" for line in failure["traceback"])]
 
 
 def _of(steps: int | None) -> str:

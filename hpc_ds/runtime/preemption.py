@@ -76,8 +76,9 @@ def step(number: int, loss: SupportsFloat | None = None) -> None:
     seconds = _own_loop.seconds_since_last_step()
     progress.step = number
     mark("training")
-    value = None if loss is None or not math.isfinite(float(loss)) else float(loss)
-    _own_loop.record("step", step=number, loss=value, lr=None, grad_norm=None, seconds=round(seconds, 6))
+    value = math.nan if loss is None else float(loss)
+    shown = value if math.isfinite(value) else None
+    _own_loop.record("step", step=number, loss=shown, lr=None, grad_norm=None, seconds=round(seconds, 6))
 
 
 def saved(number: int, seconds: float | None = None) -> None:

@@ -92,8 +92,8 @@ class Watcher:
         """Begin to watch, until the interpreter ends."""
         if threading.current_thread() is threading.main_thread():
             self._hear_from(self._writer)
-        self._thread.start()
         self._told.watched = True
+        self._thread.start()
         atexit.register(self.stop)
         os.register_at_fork(after_in_child=self._forget)
 
@@ -121,6 +121,12 @@ class Watcher:
             self._beat(time.monotonic())
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        finally:
+            self._told.watched = False  # the main thread looks at the clock itself
+
+    def _watch(self) -> None:
         for folder in (self._files.beats(self._attempt), self._files.stacks(self._attempt)):
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -141,9 +147,10 @@ class Watcher:
         """Wait for a signal, or until it is time for something."""
         wait_s = min(self._beat_at - time.monotonic(), BEAT_EVERY_S if self._told.by is None else _LOOK_EVERY_S)
         if select.select([self._reader], [], [], max(wait_s, 0.0))[0]:
-            for number in os.read(self._reader, BEAT_BYTES):
-                if number in self._told.signals:
-                    self._told.hear(number)
+            with contextlib.suppress(BlockingIOError):
+                for number in os.read(self._reader, BEAT_BYTES):
+                    if number in self._told.signals:
+                        self._told.hear(number)
 
     def _beat(self, now: float) -> None:
         """Write where this rank is: in place and at once, so that a reader sees the old line or the new one, or half of one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -88,7 +89,7 @@ def times_asked(queue: Queue, shell: FakeShell, clock: Clock, run: RunDir, secon
 def test_while_nothing_changes_the_pause_grows_to_half_a_minute(tmp_path: Path) -> None:
     queue, shell, clock = queue_of(line(1))
     times = times_asked(queue, shell, clock, made(tmp_path, "1"), 200)
-    pauses = [after - before for before, after in zip(times, times[1:], strict=False)]
+    pauses = [after - before for before, after in pairwise(times)]
     assert pauses[0] == 10
     assert pauses == sorted(pauses)
     assert pauses[-3:] == [30, 30, 30]
@@ -98,7 +99,7 @@ def test_a_change_and_news_bring_the_pause_back(tmp_path: Path) -> None:
     queue, shell, clock = queue_of(*[line(1)] * 8, line(1, "COMPLETING"))
     run = made(tmp_path, "1")
     times = times_asked(queue, shell, clock, run, 400)
-    assert 10 in [after - before for before, after in zip(times[8:], times[9:], strict=False)]
+    assert 10 in [after - before for before, after in pairwise(times[8:])]
     queue.expect_news()
     before = len(asked(shell))
     queue.answers([run])
@@ -116,7 +117,7 @@ def test_a_silent_scheduler_is_asked_less_and_its_words_are_kept(trouble: Answer
     queue, shell, clock = queue_of(trouble)
     run = made(tmp_path, "1")
     times = times_asked(queue, shell, clock, run, 120)
-    assert all(after - before >= 10 for before, after in zip(times, times[1:], strict=False))
+    assert all(after - before >= 10 for before, after in pairwise(times))
     assert times[-1] - times[-2] == 30
     (found,) = queue.answers([run])
     assert isinstance(found, SchedulerError)

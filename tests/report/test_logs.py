@@ -90,7 +90,7 @@ def test_what_is_there_instead_is_named(run: RunDir, tmp_path: Path) -> None:
         list(read_scheduler_log(fresh, Wanted()))
     opened(fresh, 1, 1000.0)
     with pytest.raises(
-        RunError, match="log of any rank in attempt 1 .* no rank has written anything; look at --scheduler"
+        RunError, match=r"log of any rank in attempt 1 .* no rank has written anything; look at --scheduler"
     ):
         said(fresh, Wanted(rank=None))
 

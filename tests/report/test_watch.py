@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from fakes import FakeShell, refusal
@@ -36,7 +37,7 @@ class Time:
         self.now += seconds
 
     def pauses(self) -> list[float]:
-        return [after - before for before, after in zip(self.asked_at, self.asked_at[1:], strict=False)]
+        return [after - before for before, after in pairwise(self.asked_at)]
 
 
 def running(*job_ids: int) -> str:
@@ -110,5 +111,5 @@ def test_what_is_new_is_told_once_and_steps_now_and_then(tmp_path: Path) -> None
             closed(run, 1, time.now, "finished", action="finish")
     assert [state for _, state, _ in told] == ["running"] * (len(told) - 1) + ["finished"]
     times = [at for at, _, _ in told]
-    assert all(after - before >= 30 for before, after in zip(times[:-1], times[1:-1], strict=False))
+    assert all(after - before >= 30 for before, after in pairwise(times[:-1]))
     assert 3 <= len(told) <= 6

@@ -315,6 +315,19 @@ asyncio.run(main())
     assert ranks.end() == [(0, "alarm\ntold\n", "")]
 
 
+def test_a_signal_that_the_script_handles_itself_is_its_own(ranks: Ranks) -> None:
+    ranks.start("""
+preemption.listen()
+preemption.attend(0, 1)
+signal.signal(signal.SIGTERM, lambda *_: print('of the script'))
+os.kill(os.getpid(), signal.SIGTERM)
+print(preemption.told_to_stop())
+os.kill(os.getpid(), signal.SIGUSR2)
+print(preemption.told_to_stop(), preemption.told_by())
+""")
+    assert ranks.end() == [(0, "of the script\nFalse\nTrue SIGUSR2\n", "")]
+
+
 def test_a_deadline_is_seen_by_the_watcher(ranks: Ranks) -> None:
     (ranks.run.root / "deadline").write_text("0 99999999999\n")
     ranks.start(
@@ -335,8 +348,10 @@ in_a_long_step()
 
 
 def test_where_the_end_is_near_and_no_boundary_was_reached_the_stacks_say_why(ranks: Ranks) -> None:
-    (ranks.run.root / "deadline").write_text(f"0 {time.time() + 3} final\n")
+    (ranks.run.root / "deadline").write_text(f"0 {time.time() + 1000} final\n")
     ranks.start(NEAR, HPCDS_DEADLINE=str(ranks.run.root / "deadline"))
+    ranks.wait_for(lambda: ranks.beat().get("where", "").endswith(" wait_for_go"), "the long step")
+    (ranks.run.root / "deadline").write_text(f"0 {time.time() + 3} final\n")
     ranks.wait_for(lambda: ranks.stacks().endswith(END), "the stacks")
     assert "told to stop by deadline, and the end is near" in ranks.stacks()
     assert "in in_a_long_step\n" in ranks.stacks()
@@ -365,21 +380,3 @@ def test_many_ranks_give_signs_of_life_less_often(world_size: int, seconds: floa
     from hpc_ds.runtime.request import Request
 
     assert watcher.Watcher(RunDir(tmp_path), 1, 0, world_size, Request())._every_s == seconds
-
-
-def test_the_marks_of_a_function_are_left_again_but_after_an_error() -> None:
-    from hpc_ds.runtime.progress import Progress, during, progress
-
-    assert Progress().phase == "starting"
-    seen = []
-
-    @during("saving")
-    def save(fails: bool) -> int:
-        seen.append(progress.phase)
-        return 3 // (not fails)
-
-    progress.mark("idle")
-    assert (save(fails=False), seen, progress.phase) == (3, ["saving"], "idle")
-    with pytest.raises(ZeroDivisionError):
-        save(fails=True)
-    assert progress.phase == "saving"

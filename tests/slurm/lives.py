@@ -44,8 +44,10 @@ class Life:
     nodes: tuple[str, ...]
 
     def submit(self, *options: str, target: Path = PACED, args: tuple[str, ...] = (), ranks: int = 2) -> Run:
-        """A run with a rank on each of so many of the nodes, slow from step 10 in its first attempt."""
-        where = ("--set", f"resources.sbatch.nodelist={','.join(self.nodes[:ranks])}", "--nodes", str(ranks))
+        """A run on one or two of the nodes, as many as it has ranks if possible; slow from step 10 in its first attempt."""
+        nodes = self.nodes[:ranks]
+        shape = ("--nodes", str(len(nodes)), "--tasks-per-node", str(ranks // len(nodes)))
+        where = ("--set", f"resources.sbatch.nodelist={','.join(nodes)}", *shape)
         pace = PACE if target == PACED else ()
         return self.runs.submit(target, "--site", "slurm", *where, "--time", "10", *options, args=(*pace, *args))
 
@@ -79,10 +81,9 @@ class Life:
         )
 
     def wait_for_attempt(self, run: Run, number: int, *, closed: bool = False) -> None:
-        """Wait until an attempt has begun, or has ended; a requeued one is let go at once."""
+        """Wait until an attempt has begun, or has ended."""
 
         def there() -> bool:
-            self.hurry(run)
             found = [attempt for attempt in attempts(run) if attempt.number == number]
             return bool(found) and (found[0].cause is not None or not closed)
 
@@ -92,7 +93,6 @@ class Life:
         """Wait until nothing more happens with the run, and none of its processes is left."""
 
         def over() -> bool:
-            self.hurry(run)
             ledger = attempts(run)
             last = ledger[-1] if ledger else None
             return last is not None and (last.action in {"finish", "hold"} or last.cause == "cancelled")
@@ -101,15 +101,9 @@ class Life:
         self.wait_for(lambda: not processes_of(run), run, "the end of all its processes")
         return run
 
-    def hurry(self, run: Run) -> None:
-        """Let a requeued job start now, which would wait for the life of its credential; Slurm allows its owner that."""
-        job = self.cluster.run("squeue", "-h", "-t", "PENDING", "-o", "%r", "-j", job_id_of(run), check=False)
-        if job.stdout.strip() == "BeginTime":
-            self.cluster.run("scontrol", "update", f"JobId={job_id_of(run)}", "StartTime=now", check=False)
 
-
-def live(cluster: SlurmCluster, folder: Path, stories: Mapping[str, list[Callable[[Life], Any]]]) -> Told:
-    """Let the stories happen: those of one key one after the other, on the nodes that the key names."""
+def live(cluster: SlurmCluster, folder: Path, *lanes: tuple[str, list[Callable[[Life], Any]]]) -> Told:
+    """Let the stories of all lanes happen at the same time; those of one lane one after the other, on its nodes."""
     told: dict[str, Future[Any]] = {}
 
     def lane(nodes: str, those: list[Callable[[Life], Any]]) -> None:
@@ -122,9 +116,9 @@ def live(cluster: SlurmCluster, folder: Path, stories: Mapping[str, list[Callabl
             except BaseException as error:  # noqa: BLE001 - it is raised in the story's own test
                 future.set_exception(error)
 
-    with ThreadPoolExecutor(len(stories)) as lanes:
-        for nodes, those in stories.items():
-            lanes.submit(lane, nodes, those)
+    with ThreadPoolExecutor(len(lanes)) as threads:
+        for nodes, those in lanes:
+            threads.submit(lane, nodes, those)
     return Told(told)
 
 
@@ -137,6 +131,10 @@ class Told:
     def __call__(self, story: Callable[[Life], Any]) -> Any:
         """What a story returned; what it raised is raised here, in its own test."""
         return self.futures[story.__name__].result()
+
+    def __add__(self, later: Told) -> Told:
+        """Both."""
+        return Told({**self.futures, **later.futures})
 
 
 def attempts(run: Run) -> list[Attempt]:

@@ -41,7 +41,7 @@ wait
 
 def test_every_node_is_idle_with_its_gpus(slurm_cluster: SlurmCluster) -> None:
     nodes = slurm_cluster.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T %G").stdout.splitlines()
-    assert nodes == [f"n{index} idle gpu:2" for index in range(1, 5)]
+    assert nodes == [f"{node} idle gpu:2" for node in slurm_cluster.node_names]
 
 
 def test_each_node_gives_its_gpus_to_the_tasks(slurm_cluster: SlurmCluster) -> None:
