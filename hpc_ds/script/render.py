@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from hpc_ds.config.job import lead_s, python_of, time_limit_s
+from hpc_ds.config.site_rules import said
 from hpc_ds.errors import ConfigError, SiteError
+from hpc_ds.script.options import sbatch_options
 from hpc_ds.shipped import shipped
 
 if TYPE_CHECKING:
@@ -66,7 +68,9 @@ def environment_file(job: JobConfig, site: SiteConfig, environ: dict[str, str]) 
     missing = [name for name in job.env_from if name not in environ]
     if missing:
         raise ConfigError(f"env_from {missing[0]!r}: not set in this shell; set it or leave it out", key="env_from")
-    variables = {**site.env, **{name: environ[name] for name in job.env_from}, **job.env}
+    _, interfaces = said(job, site, "interfaces")
+    network = {"NCCL_SOCKET_IFNAME": ",".join(interfaces)} if isinstance(interfaces, list) else {}
+    variables = {**network, **site.env, **{name: environ[name] for name in job.env_from}, **job.env}
     for name, value in variables.items():
         if not value.isascii() and value.encode(errors="ignore").decode() != value:
             raise ConfigError(
@@ -78,7 +82,8 @@ def environment_file(job: JobConfig, site: SiteConfig, environ: dict[str, str]) 
 def _values(job: JobConfig, site: SiteConfig, run: RunDir) -> dict[str, Any]:
     limit = job.resources.time
     return {
-        "options": _sbatch_options(job, site, run),
+        "options": sbatch_options(job, site, run),
+        "modules": site.modules,
         "setup": [Raw(line) for line in (*site.setup, *job.setup)],
         "run_dir": run.root,
         "env_file": run.env,
@@ -90,33 +95,3 @@ def _values(job: JobConfig, site: SiteConfig, run: RunDir) -> dict[str, Any]:
         "grace_s": site.grace_s,
         "kill_wait_s": site.kill_wait_s,
     }
-
-
-def _sbatch_options(job: JobConfig, site: SiteConfig, run: RunDir) -> dict[str, object]:
-    """Every sbatch option of the job; None stands for an option without a value. The job's own word comes last."""
-    resources = job.resources
-    options: dict[str, object] = {
-        "job-name": job.name,
-        "nodes": resources.nodes,
-        "ntasks-per-node": resources.ranks_per_node,
-        # "%" begins a pattern in file names. Slurm truncates the file at a restart unless told to append.
-        "output": str(run.scheduler_log).replace("%", "%%"),
-        "open-mode": "append",
-        "requeue": None,
-        "signal": f"{job.restart.signal}@{lead_s(job)}",
-        **site.sbatch,
-    }
-    if resources.gpus_per_node:
-        gres = site.gpu_request == "gres"
-        options |= {"gres": f"gpu:{resources.gpus_per_node}"} if gres else {"gpus-per-node": resources.gpus_per_node}
-    for key in ("cpus_per_task", "mem", "time", "partition", "account", "qos", "constraint"):
-        if getattr(resources, key) is not None:
-            options[key.replace("_", "-")] = getattr(resources, key)
-    if resources.exclude:
-        options["exclude"] = ",".join(resources.exclude)
-    for name, value in resources.sbatch.items():
-        if value is False:
-            options.pop(name, None)
-        else:
-            options[name] = None if value is True else value
-    return options
