@@ -37,6 +37,16 @@ submit. Nobody has run hpc_ds on these clusters yet: a file that was corrected t
 """
 
 _FIELDS = """
+`hpcds site list` names them and yours, `site show NAME` prints what is known of one and where from, `site validate FILE`
+checks files, `site detect` says which cluster this is, `site probe` asks the Slurm that answers here; each takes `--json`.
+A job whose site is `auto` takes the one that `detect` finds: by the `detect` section of a file, yours first, else `slurm`
+where a Slurm answers, else `local`. Of the shipped files only `alliance-canada` has such a section: of the other clusters
+we do not know for certain what they call themselves.
+
+`probe` finds partitions with their limits, nodes, cores, GPUs, preemption and grace time, QOS where there is accounting, and
+the cluster's name, by which it is known from then on. The most nodes of a partition are those it has: sbatch takes a request
+for more, which then waits for ever.
+
 ## Adding a site
 
 1. `hpcds site probe --name NAME` on the cluster asks Slurm and writes `~/.config/hpcds/sites/NAME.json`; or copy the file

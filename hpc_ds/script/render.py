@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from hpc_ds.config.job import lead_s, python_of, time_limit_s
+from hpc_ds.config.load import own_folder
 from hpc_ds.config.site_rules import said
 from hpc_ds.errors import ConfigError, SiteError
 from hpc_ds.script.options import sbatch_options
@@ -37,13 +38,40 @@ def quoted(value: object) -> str:
 
 
 def render(job: JobConfig, site: SiteConfig, run: RunDir, templates: Path | None = None) -> str:
-    """The text of the job script. Pure: it reads templates and nothing else.
+    """The text of the job script. It reads templates and nothing else.
+
+    Args:
+        job: what is asked for.
+        site: where; it names the template.
+        run: the run folder, which need not be there yet.
+        templates: a folder whose templates come before the user's own and the shipped ones.
 
     Raises:
-        SiteError: the site's template is missing, or asks for a value that there is not.
+        SiteError: the site's template is missing, or asks for a value that there is not; file and line are named.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([str(folder) for folder in (templates, shipped("templates")) if folder]),
+    environment = _environment(templates)
+    try:
+        return environment.get_template(site.template).render(_values(job, site, run))
+    except jinja2.TemplateError as error:
+        raise _as_site_error(error, site) from None
+
+
+def check_template(site: SiteConfig, templates: Path | None = None) -> None:
+    """Read the template of a site.
+
+    Raises:
+        SiteError: it is missing, or is no template; file and line are named.
+    """
+    try:
+        _environment(templates).get_template(site.template)
+    except jinja2.TemplateError as error:
+        raise _as_site_error(error, site) from None
+
+
+def _environment(templates: Path | None) -> jinja2.Environment:
+    folders = [templates, own_folder("templates"), shipped("templates")]
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([str(folder) for folder in folders if folder is not None]),
         undefined=jinja2.StrictUndefined,
         finalize=quoted,
         keep_trailing_newline=True,
@@ -51,12 +79,27 @@ def render(job: JobConfig, site: SiteConfig, run: RunDir, templates: Path | None
         lstrip_blocks=True,
         autoescape=False,  # noqa: S701 - this is shell, not HTML: finalize quotes it
     )
-    try:
-        return environment.get_template(site.template).render(_values(job, site, run))
-    except jinja2.TemplateNotFound as error:
-        raise SiteError(f"site {site.name!r}: template {error.name!r}: no such file; add it to templates/") from None
-    except jinja2.TemplateError as error:
-        raise SiteError(f"site {site.name!r}: template {site.template!r}: {error}; mend the template") from None
+
+
+def _as_site_error(error: jinja2.TemplateError, site: SiteConfig) -> SiteError:
+    if isinstance(error, jinja2.TemplateNotFound):
+        return SiteError(f"site {site.name!r}: template {error.name!r}: no such file; add it to templates/")
+    file, line = _where(error)
+    at = f"{site.template!r}" if file is None else f"{file!r}, line {line}"
+    return SiteError(f"site {site.name!r}: template {at}: {error.message}; mend the template", file=file)
+
+
+def _where(error: jinja2.TemplateError) -> tuple[str | None, int]:
+    """File and line of a template that an error comes from: of its syntax, or the innermost one that was running."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return error.filename, error.lineno
+    found: tuple[str | None, int] = (None, 0)
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename.endswith(".j2"):
+            found = (trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
 
 
 def environment_file(job: JobConfig, site: SiteConfig, environ: dict[str, str]) -> str:
