@@ -53,7 +53,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     """One real Slurm for the session; each test finds it without jobs and with every node idle."""
-    with SlurmCluster(tmp_path_factory.mktemp("slurm"), nodes=5) as cluster:
+    with SlurmCluster(tmp_path_factory.mktemp("slurm"), nodes=5, cpus_per_node=8) as cluster:
         yield cluster
 
 

@@ -1,4 +1,4 @@
-"""Whole training runs on site local: what tests/slurm/test_runs.py does to them on a real Slurm, on one machine."""
+"""Whole training runs on site local: what tests/slurm/test_slurm_runs.py does to them on a real Slurm, on one machine."""
 
 from __future__ import annotations
 

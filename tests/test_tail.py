@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hpc_ds.run_dir import append_line
-from hpc_ds.tail import Tail, end_of
+from hpc_ds.tail import Tail, each, end_of, sample_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,3 +101,25 @@ def test_the_end_of_a_file_is_its_last_whole_lines(path: Path) -> None:
     assert end_of(path, 35) == [{"a": 97}, {"a": 98}, {"a": 99}]
     add(path, b'{"a": 1')
     assert end_of(path, 40)[-1] == {"a": 99}
+
+
+def test_all_of_a_file_can_be_read_one_by_one(path: Path) -> None:
+    assert list(each(path)) == []
+    path.write_text("".join(f'{{"a": {number}, "b": "{"x" * 1000}"}}\n' for number in range(3000)))
+    add(path, b'{"a": 1')
+    assert [one["a"] for one in each(path)] == list(range(3000)), "whatever stands between two blocks"
+
+
+def test_a_sample_of_a_short_file_is_all_of_it(path: Path) -> None:
+    assert sample_of(path) == []
+    path.write_text("".join(f'{{"a": {number}}}\n' for number in range(1000)))
+    assert [one["a"] for one in sample_of(path)] == list(range(1000))
+
+
+def test_a_sample_of_a_long_file_has_both_ends_and_what_lies_between(path: Path) -> None:
+    path.write_text("".join(f'{{"a": {number}}}\n' for number in range(10_000)))
+    found = [one["a"] for one in sample_of(path, blocks=5, block_bytes=100)]
+    assert (found[0], found[-1]) == (0, 9999)
+    assert found == sorted(found)
+    assert 20 < len(found) < 60
+    assert {number * 4 // 10_000 for number in found} == {0, 1, 2, 3}

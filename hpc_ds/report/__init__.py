@@ -1,1 +1,1 @@
-"""The events of a run as a person reads them."""
+"""Runs as a person reads them: from their ledgers and events, and one question to the scheduler for all of them."""

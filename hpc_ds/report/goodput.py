@@ -230,16 +230,15 @@ def _between(run: RunDir, attempts: Sequence[Attempt], ends: Sequence[float], sp
         since = ends[place - 1] if place else _submitted(run, attempt.opened)
         gap = max(attempt.opened - since, 0.0)
         stopped = 0.0
-        if before is not None and _left(before):
-            same_job = before.job_id == attempt.job_id
-            resumed = attempt.opened if same_job else queued.get(attempt.job_id, attempt.opened)
+        if before is not None and _left(before, same_job=before.job_id == attempt.job_id):
+            resumed = attempt.opened if before.job_id == attempt.job_id else queued.get(attempt.job_id, attempt.opened)
             stopped = min(max(resumed - since, 0.0), gap)
         splits[place].stopped, splits[place].queueing = stopped, gap - stopped
 
 
-def _left(attempt: Attempt) -> bool:
-    """Whether nothing would have followed an attempt by itself."""
-    return attempt.action == "hold" or attempt.cause in {"cancelled", "lost"}
+def _left(attempt: Attempt, *, same_job: bool) -> bool:
+    """Whether nothing would have followed an attempt by itself; Slurm may have queued the job of a lost one again."""
+    return attempt.action == "hold" or attempt.cause == "cancelled" or (attempt.cause == "lost" and not same_job)
 
 
 def _waits_now(run: RunDir, attempts: Sequence[Attempt], ends: Sequence[float], now: float) -> float:

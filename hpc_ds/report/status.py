@@ -52,7 +52,7 @@ class Status:
             since the epoch, None where nobody knows.
         steps: how many the run takes in all; None where neither the job's ``steps`` nor its schedule says.
         steps_per_s, samples_per_s: over the last 50 steps of the last attempt; None before it took two.
-        eta_s: seconds until the last step of a running run at that rate; None where not known.
+        eta_s: seconds until the last step of a running run at that rate; None where not known, or a rank is quiet.
         failure: the rank that failed first, of a run that is held or failed.
         quiet_ranks: ranks that are silent or still for long.
     """
@@ -145,6 +145,7 @@ def _status(
     batch = samples_per_step(config)
     ours = not attempts or done.attempt == attempts[-1].number
     rate = done.steps_per_s if ours else None
+    quiet = _quiet(run, attempts[-1], rate, pulses) if running else []
     return Status(
         run_dir=str(run.root),
         name=str(config.get("name", "")),
@@ -166,10 +167,10 @@ def _status(
         steps=steps,
         steps_per_s=rate,
         samples_per_s=None if rate is None or batch is None else rate * batch,
-        eta_s=_eta_s(done, steps, rate) if running else None,
+        eta_s=_eta_s(done, steps, rate) if running and not quiet else None,
         submitted=read_object(run.provenance).get("submitted", job_file.get("submitted")),
         failure=_failure(attempts[-1]) if attempts and state in {"held", "failed"} else None,
-        quiet_ranks=_quiet(run, attempts[-1], rate, pulses) if running else [],
+        quiet_ranks=quiet,
         attempts=attempts,
     )
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 LOOK_EVERY_S = 5.0
 _LOOK_SOON_S = 1.0  # once something was heard
 _KILL_WAIT_S = 30.0
+_STOPS, _GOES_ON, _UNDECIDED = 0, 1, 2  # what is made of what was heard; it only ever gets less
 _EARLY_BY_S = 90.0  # a warning signal that comes earlier than this before its time was sent for another reason
 
 
@@ -88,7 +89,7 @@ class Request:
     def __init__(self) -> None:
         self.by: str | None = None
         self.watched = False
-        self._may_wait = False  # what was heard may have come early
+        self._made_of_it = _STOPS
         self._killed_at: float | None = None  # by a scheduler that sent SIGTERM
         self._looked_at = -math.inf
         self._before: dict[signal.Signals, Any] = {}  # handlers, before ours
@@ -119,33 +120,36 @@ class Request:
         ends_now = number == signal.SIGTERM
         killed_at = time.time() + _KILL_WAIT_S if ends_now else None
         if self.by is None:
-            self._may_wait, self._killed_at, self._looked_at = not ends_now, killed_at, -math.inf
+            self._made_of_it, self._killed_at = _STOPS if ends_now else _UNDECIDED, killed_at
             self.by = signal.Signals(number).name
             return
-        if ends_now and self._may_wait:
-            if self._looked_at > -math.inf:  # training went on after the warning, so this is what ends it
+        if ends_now:
+            if self._made_of_it == _GOES_ON:
                 self.by = "SIGTERM"
-            self._may_wait = False
+            self._made_of_it = _STOPS
         self._killed_at = self._killed_at or killed_at
 
     def is_due(self) -> bool:
         """Whether this rank should stop at the next boundary; without news, and with a watcher, a look at a flag."""
-        if self._may_wait or not self.watched:
+        if self._made_of_it != _STOPS or not self.watched:
             self.look_at_the_clock()
-        return self.by is not None and not self._may_wait
+        return self.by is not None and self._made_of_it == _STOPS
 
     def look_at_the_clock(self) -> None:
-        """Read the supervisor's deadline now and then."""
-        if self.by is not None and not self._may_wait:
+        """Read the supervisor's deadline: now and then, and at once where a decision hangs on it."""
+        heard = self.by is not None
+        if heard and self._made_of_it == _STOPS:
             return
         now = time.monotonic()
-        if now - self._looked_at < (LOOK_EVERY_S if self.by is None else _LOOK_SOON_S):
+        since = now - self._looked_at
+        if since < (_LOOK_SOON_S if heard else LOOK_EVERY_S) and not (heard and self._made_of_it == _UNDECIDED):
             return
         self._looked_at = now
         deadline = Deadline.read()
-        if self.by is not None:
-            self._may_wait = deadline is not None and deadline.leaves_time(time.time())
-        elif deadline is not None and time.time() > deadline.begin:
+        if heard:
+            goes_on = deadline is not None and deadline.leaves_time(time.time())
+            self._made_of_it = min(self._made_of_it, _GOES_ON if goes_on else _STOPS)
+        elif self.by is None and deadline is not None and time.time() > deadline.begin:
             self.by = "deadline"
 
     def seconds_left(self) -> float:

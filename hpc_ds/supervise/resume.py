@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
 from hpc_ds.cluster.connect import scheduler_named
-from hpc_ds.config.load import build_job, load_site, read_json
-from hpc_ds.errors import RunError, SubmitError
+from hpc_ds.config.load import build_job, load_resolved, load_site, read_json
+from hpc_ds.errors import RunError, SchedulerError, SubmitError
 from hpc_ds.run_dir import read_object
 from hpc_ds.script.submit import changed_files, queue, reconfigure
 from hpc_ds.supervise.ledger import read_ledger
+from hpc_ds.supervise.policy import excluded_nodes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +55,18 @@ def resume(run: RunDir, overrides: Sequence[str] = ()) -> str:
     if job is not None and job.held and site.scheduler == "slurm":
         scheduler.release(job_id)
         return job_id
-    return queue(run, site)
+    return _queue(run, site)
+
+
+def _queue(run: RunDir, site: SiteConfig) -> str:
+    """Queue the run; the new job keeps off the nodes that failed its earlier ones, where enough others are left."""
+    job = load_resolved(run.config)
+    job_id = queue(run, site)
+    excluded = excluded_nodes(read_ledger(run), job.restart.max_excluded_nodes)
+    if excluded and site.scheduler == "slurm":
+        with contextlib.suppress(SchedulerError):
+            scheduler_named(site.scheduler, run).exclude(job_id, [*job.resources.exclude, *excluded])
+    return job_id
 
 
 def _resume_changed(
@@ -71,7 +84,7 @@ def _resume_changed(
         _end_waiting(scheduler, job_id)
     undo = reconfigure(run, texts, len(read_ledger(run)) + 1)
     try:
-        return queue(run, site)
+        return _queue(run, site)
     except SubmitError:
         undo()
         raise

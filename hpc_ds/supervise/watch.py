@@ -32,7 +32,7 @@ _LOST_NODE_S = 120.0
 _DUMP_S = 6.0
 _DUMP_SHARE = 0.15  # of KillWait, where that runs
 _OURS_TO_REQUEUE = {"TIMEOUT", "PREEMPTED"}
-_TO_REQUEUE_S, _TO_REQUEUE_SHARE = 4.0, 0.3  # of KillWait
+_TO_REQUEUE_S, _TO_REQUEUE_SHARE = 3.0, 0.3  # of KillWait
 
 
 class Watch:

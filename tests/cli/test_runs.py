@@ -9,15 +9,18 @@ import pty
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from fakes import fake_program
 from whole_runs import Run, Runs, wait_until
 
+from hpc_ds.report.goodput import IN_ALLOCATION, OUTSIDE
+from hpc_ds.supervise.ledger import Attempt
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 # A rank that takes steps as an engine would tell of them, until it is told to stop; the last attempt finishes.
 PROGRAM = """
@@ -257,6 +260,19 @@ def test_a_waiting_job_that_is_changed_is_cancelled_and_submitted_anew(played: R
     assert (run.folder / "config-before-attempt-1.json").read_text() == before, "no attempt has begun since"
 
 
+def test_a_resumed_run_keeps_off_the_nodes_that_failed_it(played: Runs) -> None:
+    (run,) = submitted(played, 1)
+    fake_program(played.folder / "bin", "sinfo", "echo n1 idle; echo n2 idle; echo n3 idle")
+    (played.folder / "said").write_text("CANCELLED Partition=main NumNodes=1")
+    lines = [
+        {"event": "closed", "number": number, "closed": 2.0, "cause": "node_failure", "node": "n1"} for number in (1, 2)
+    ]
+    (run.folder / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told(played, "resume", "gpt")
+    assert "scontrol update JobId=26 ExcNodeList=n1" in called(played, "scontrol")
+    assert told(played, "status", "gpt")["excluded_nodes"] == ["n1"]
+
+
 def test_a_refused_change_leaves_the_run_as_it_was(played: Runs) -> None:
     (run,) = submitted(played, 1)
     (played.folder / "said").write_text("CANCELLED")
@@ -308,3 +324,16 @@ def test_a_terminal_shows_a_run_live(played: Runs) -> None:
     assert watching.returncode == 0
     assert b"finished in attempt 1" in shown
     assert b"run folder" in shown
+
+
+DOCUMENTED = (Path(__file__).resolve().parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
+HISTORY_KEYS = {*Attempt.__dataclass_fields__, "seconds", "running", "lost_steps"}
+REPORT_KEYS = {
+    "run_dir", "name", "state", "goodput", "seconds", "unit", "hours", "hours_by_cause", "sacct_allocated_s", "attempts",
+    "allocated", *IN_ALLOCATION, *OUTSIDE, "number", "cause", "devices",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", sorted({*STATUS_KEYS, *HISTORY_KEYS, *REPORT_KEYS, "age_s", "line", "action"}))
+def test_every_key_is_documented(key: str) -> None:
+    assert f"`{key}`" in DOCUMENTED

@@ -229,8 +229,8 @@ def test_a_cancelled_job_leaves_no_process_behind(bench: Bench) -> None:
     bench.hpcds("cancel", "job")
     assert job.wait_over() == "cancelled"
     assert [pid for pid in below if process.start_time(pid) is not None] == []
-    # The supervisor is killed together with its deaf ranks, and cannot say why any more.
-    assert job.causes == [None]
+    # The supervisor is killed together with its deaf ranks: it has said why before.
+    assert job.causes == ["cancelled"]
     assert bench.hpcds("status", "job").stdout.startswith("job: cancelled")
 
 
@@ -332,7 +332,9 @@ def test_a_job_that_is_ended_by_its_time_limit_starts_again(bench: Bench) -> Non
     program = "if attempt > 1: sys.exit(0)\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\nwait()"
     job = bench.start(program, resources={"time": "0:03"}, restart={"lead": 1})
     assert job.wait_over() == "finished", read_ledger(job.run)
-    assert job.causes == ["walltime", "finished"]
+    *before, last = job.causes
+    assert last == "finished"
+    assert set(before) == {"walltime"}, "on a busy machine the second start may take three seconds too"
 
 
 def test_a_job_that_may_not_start_again_is_held(bench: Bench) -> None:

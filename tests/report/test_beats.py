@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fakes import FakeShell
-from runs_on_disk import made, opened
+from runs_on_disk import made, opened, steps
 
 from hpc_ds.cluster.queue import Queue
 from hpc_ds.report.beats import Pulse, quiet_ranks
@@ -101,12 +101,15 @@ def test_torn_beats_and_other_files_are_passed_over(run: RunDir) -> None:
     assert quiet(run) == [(0, "silent")]
 
 
-def test_quiet_ranks_are_in_the_status_of_a_running_run(run: RunDir) -> None:
+def test_quiet_ranks_are_in_the_status_of_a_running_run(tmp_path: Path) -> None:
+    run = made(tmp_path, "gpt-2", steps=100)
     opened(run, 1, 1000.0)
+    steps(run, 1, 1000.0, range(1, 13), 1.0)
     for rank in range(8):
         beat(run, rank, still_s=600.0 + rank)
     shell = FakeShell({"squeue": ["25|25|RUNNING|7|N/A|N/A|n1|None\n", "25|25|PENDING|7|N/A|N/A||None\n"]})
     (found,) = statuses_of([run], Queue(shell))
+    assert (found.steps_per_s, found.eta_s) == (1.0, None), "it would not be in time"
     lines = quiet_lines(found)
     assert lines[0] == "rank 7 on n7: still for 10 min, forward at step 12 (model.py:7 forward)"
     assert lines[-1] == "and 3 more ranks"

@@ -123,6 +123,16 @@ def test_time_until_a_person_resumed_is_not_queueing(tmp_path: Path) -> None:
     assert seconds(goodput_of(run), 2) == {"allocated": 100.0, "start_up": 100.0, "queueing": 100.0, "stopped": 800.0}
 
 
+@pytest.mark.parametrize(("job_id", "part"), [("25", "queueing"), ("26", "stopped")])
+def test_slurm_may_have_queued_a_lost_attempt_again_itself(job_id: str, part: str, tmp_path: Path) -> None:
+    run = made(tmp_path, job_id=job_id)
+    opened(run, 1, 1000.0)
+    closed(run, 1, 1100.0, "lost", action="leave")
+    opened(run, 2, 1150.0, job_id=job_id)
+    closed(run, 2, 1200.0, "finished")
+    assert seconds(goodput_of(run), 2) == {"allocated": 50.0, "start_up": 50.0, part: 50.0}
+
+
 def test_hours_are_of_gpus_where_there_are_some_and_of_each_attempt_s_own_size(tmp_path: Path) -> None:
     run = made(tmp_path, resources={"nodes": 1, "gpus_per_node": 4})
     write_json(run.config_before(2), {"resources": {"nodes": 2, "gpus_per_node": 4}})

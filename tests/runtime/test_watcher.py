@@ -348,8 +348,10 @@ in_a_long_step()
 
 
 def test_where_the_end_is_near_and_no_boundary_was_reached_the_stacks_say_why(ranks: Ranks) -> None:
-    (ranks.run.root / "deadline").write_text(f"0 {time.time() + 3} final\n")
+    (ranks.run.root / "deadline").write_text(f"0 {time.time() + 1000} final\n")
     ranks.start(NEAR, HPCDS_DEADLINE=str(ranks.run.root / "deadline"))
+    ranks.wait_for(lambda: ranks.beat().get("where", "").endswith(" wait_for_go"), "the long step")
+    (ranks.run.root / "deadline").write_text(f"0 {time.time() + 3} final\n")
     ranks.wait_for(lambda: ranks.stacks().endswith(END), "the stacks")
     assert "told to stop by deadline, and the end is near" in ranks.stacks()
     assert "in in_a_long_step\n" in ranks.stacks()

@@ -44,8 +44,10 @@ class Life:
     nodes: tuple[str, ...]
 
     def submit(self, *options: str, target: Path = PACED, args: tuple[str, ...] = (), ranks: int = 2) -> Run:
-        """A run with a rank on each of so many of the nodes, slow from step 10 in its first attempt."""
-        where = ("--set", f"resources.sbatch.nodelist={','.join(self.nodes[:ranks])}", "--nodes", str(ranks))
+        """A run on one or two of the nodes, as many as it has ranks if possible; slow from step 10 in its first attempt."""
+        nodes = self.nodes[:ranks]
+        shape = ("--nodes", str(len(nodes)), "--tasks-per-node", str(ranks // len(nodes)))
+        where = ("--set", f"resources.sbatch.nodelist={','.join(nodes)}", *shape)
         pace = PACE if target == PACED else ()
         return self.runs.submit(target, "--site", "slurm", *where, "--time", "10", *options, args=(*pace, *args))
 
@@ -100,8 +102,8 @@ class Life:
         return run
 
 
-def live(cluster: SlurmCluster, folder: Path, stories: Mapping[str, list[Callable[[Life], Any]]]) -> Told:
-    """Let the stories happen: those of one key one after the other, on the nodes that the key names."""
+def live(cluster: SlurmCluster, folder: Path, *lanes: tuple[str, list[Callable[[Life], Any]]]) -> Told:
+    """Let the stories of all lanes happen at the same time; those of one lane one after the other, on its nodes."""
     told: dict[str, Future[Any]] = {}
 
     def lane(nodes: str, those: list[Callable[[Life], Any]]) -> None:
@@ -114,9 +116,9 @@ def live(cluster: SlurmCluster, folder: Path, stories: Mapping[str, list[Callabl
             except BaseException as error:  # noqa: BLE001 - it is raised in the story's own test
                 future.set_exception(error)
 
-    with ThreadPoolExecutor(len(stories)) as lanes:
-        for nodes, those in stories.items():
-            lanes.submit(lane, nodes, those)
+    with ThreadPoolExecutor(len(lanes)) as threads:
+        for nodes, those in lanes:
+            threads.submit(lane, nodes, those)
     return Told(told)
 
 

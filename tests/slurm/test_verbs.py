@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from whole_runs import Run, Runs, wait_until
 
+from hpc_ds.cluster.queue import Queue
+from hpc_ds.cluster.slurm import Slurm
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -76,13 +79,13 @@ def test_several_runs_are_told_of_and_a_held_one_is_changed(slurm_cluster: Slurm
 def test_a_requeued_run_is_queued_by_slurm_and_said_to_wait(slurm_cluster: SlurmCluster, runs: Runs) -> None:
     run = submitted(runs)
     run.wait_for_step(3)
-    slurm_cluster.run("scontrol", "update", "NodeName=n[1-4]", "State=DRAIN", "Reason=test")  # so that it waits
+    slurm_cluster.run("scontrol", "update", "NodeName=ALL", "State=DRAIN", "Reason=test")  # so that it waits
     assert told(runs, "requeue", run.job_id)["action"] == "requeued"
     wait_until(lambda: run.status()["state"] == "waiting", 60, run, "its place in the queue")
     refused = runs.hpcds("requeue", run.job_id, check=False)
     assert refused.returncode == 2
     assert "it is in the queue already" in refused.stderr
-    slurm_cluster.run("scontrol", "update", "NodeName=n[1-4]", "State=RESUME")
+    slurm_cluster.run("scontrol", "update", "NodeName=ALL", "State=RESUME")
     lines = runs.hpcds("status", "--watch", run.job_id).stdout.splitlines()
     assert "finished (finished in attempt 2)" in lines[-1]
     rows = told(runs, "history", run.job_id)
@@ -106,3 +109,21 @@ def test_a_job_that_slurm_has_forgotten_is_not_said_to_run(slurm_cluster: SlurmC
     assert "nothing started it again; `hpcds resume` continues it" in status["reason"]
     (run.folder / "job.json").write_text(json.dumps(job))
     assert run.status()["state"] == "running"
+
+
+def test_where_there_is_accounting_its_time_is_shown_beside(
+    accounting_cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rank.py").write_text(PROGRAM.replace("run.attempt == 2", "step == 30"))
+    run = submitted(Runs(tmp_path, accounting_cluster.env))
+    assert run.wait_until_over()["state"] == "finished", run.story()
+
+    def counted() -> float:
+        return float(told(Runs(tmp_path, accounting_cluster.env), "report", run.job_id)["sacct_allocated_s"] or 0.0)
+
+    wait_until(lambda: counted() > 0, 60, run, "its time in sacct")
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, accounting_cluster.env[name])
+    (account,) = Slurm().accounts([run.job_id])
+    assert (account.job_id, account.nodes) == (run.job_id, run.status()["attempts"][0]["nodes"])
+    wait_until(lambda: "COMPLETED" in str(Queue().last_words([run.job_id])), 60, run, "its end in sacct")

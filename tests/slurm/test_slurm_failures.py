@@ -126,15 +126,15 @@ def an_absent_controller(life: Life) -> Run:
 
 @pytest.fixture(scope="module")
 def told(slurm_cluster: SlurmCluster, left_alone: Run, tmp_path_factory: pytest.TempPathFactory) -> Told:
-    stories = {
-        "n3,n4": [a_killed_rank, a_rank_out_of_memory, a_crash_at_the_same_step_each_time, a_killed_supervisor],
-        "n4,n3": [a_rank_that_stands_still],
-        "n1,n2,n5": [a_lost_node, a_lost_batch_node, a_node_on_which_ranks_die_twice],
-    }
+    lanes = [
+        ("n3,n4", [a_killed_rank, a_rank_out_of_memory, a_crash_at_the_same_step_each_time, a_killed_supervisor]),
+        ("n4,n3", [a_rank_that_stands_still]),
+        ("n1,n2,n5", [a_lost_node, a_lost_batch_node, a_node_on_which_ranks_die_twice]),
+    ]
     slurm_cluster.reset()
-    told = live(slurm_cluster, tmp_path_factory.mktemp("failures"), stories)
+    told = live(slurm_cluster, tmp_path_factory.mktemp("failures"), *lanes)
     slurm_cluster.reset()
-    return told + live(slurm_cluster, tmp_path_factory.mktemp("controller"), {"n1,n2": [an_absent_controller]})
+    return told + live(slurm_cluster, tmp_path_factory.mktemp("controller"), ("n1,n2", [an_absent_controller]))
 
 
 def test_a_killed_rank_is_named(told: Told, left_alone: Run) -> None:

@@ -1,7 +1,13 @@
-"""Preemption on a real Slurm: with grace and without, twice in a row, in the middle of a save, and of a loop of one's own."""
+"""The cluster asks for its nodes back, on a real Slurm: preemption with grace and without, twice in a row, in the middle
+of a save and of a loop of one's own; and the time limit, announced by a signal, not announced, and during a save.
+
+A limit of two minutes is the least that leaves the start of a rank out of the warning, which Slurm sends up to a minute
+early. Those runs wait beside the others, all on one node.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,6 +28,9 @@ if TYPE_CHECKING:
     from whole_runs import Run
 
 pytestmark = pytest.mark.slurm
+
+LIMITED = ("--time", "2")
+BEYOND_THE_LIMIT = ("--slow-s", "4")
 
 OWN_LOOP = """\
 import json, os, pathlib, time
@@ -83,14 +92,46 @@ def hidden_saves(run: Run) -> list[Path]:
     return [path for path in (run.folder / "checkpoints").iterdir() if path.name.startswith(".") and path.is_dir()]
 
 
+@dataclass(frozen=True)
+class Limited:
+    """A finished run, and when its first attempt had to be over."""
+
+    run: Run
+    limit_at: float
+
+
+def announced(life: Life) -> Limited:
+    return until_the_limit(life, life.submit(*LIMITED, args=BEYOND_THE_LIMIT))
+
+
+def not_announced(life: Life) -> Limited:
+    silent = ("--set", "resources.sbatch.signal=false")
+    return until_the_limit(life, life.submit(*LIMITED, *silent, args=BEYOND_THE_LIMIT))
+
+
+def limit_during_a_save(life: Life) -> Limited:
+    """Each save takes longer than the steps until the next one: one is always under way."""
+    saving = ("--set", "checkpoint.every_steps=2")
+    return until_the_limit(life, life.submit(*LIMITED, *saving, args=(*BEYOND_THE_LIMIT, "--slow-disk-s", "1.2")))
+
+
+def until_the_limit(life: Life, run: Run) -> Limited:
+    life.wait_for_step(run)
+    limit_at = float((run.folder / "deadline").read_text().split()[1])
+    return Limited(life.wait_until_over(run), limit_at)
+
+
 @pytest.fixture(scope="module")
 def told(slurm_cluster: SlurmCluster, left_alone: Run, tmp_path_factory: pytest.TempPathFactory) -> Told:
-    stories = {
-        "n1,n2": [with_grace, again_during_the_restart],
-        "n3,n4": [without_grace, during_an_asynchronous_save, of_a_loop_of_ones_own],
-    }
+    lanes = [
+        ("n5", [announced]),
+        ("n5", [not_announced]),
+        ("n5", [limit_during_a_save]),
+        ("n1,n2", [with_grace, again_during_the_restart]),
+        ("n3,n4", [without_grace, during_an_asynchronous_save, of_a_loop_of_ones_own]),
+    ]
     slurm_cluster.reset()
-    return live(slurm_cluster, tmp_path_factory.mktemp("preemption"), stories)
+    return live(slurm_cluster, tmp_path_factory.mktemp("preemption"), *lanes)
 
 
 def test_with_grace_no_step_is_lost(told: Told, left_alone: Run) -> None:
@@ -133,3 +174,34 @@ def test_a_loop_without_the_engine_lives_by_the_same_contract(told: Told) -> Non
     assert causes(run) == ["preempted", "finished"], run.story()
     assert [event["step"] for event in run.steps()] == list(range(1, 41))
     assert (attempts(run)[0].exit_code, attempts(run)[1].exit_code) == (75, 0)
+
+
+def assert_survived(limited: Limited, left_alone: Run) -> None:
+    run = limited.run
+    assert causes(run) == ["walltime", "finished"], run.story()
+    first = attempts(run)[0]
+    assert first.action == "requeue"
+    assert first.closed is not None
+    assert first.closed < limited.limit_at, "it was saved only after the limit"
+    assert first.saved_step == first.last_step
+    assert_undisturbed(run, left_alone)
+    assert taken_again(run) == []
+
+
+def told_by(run: Run) -> list[str]:
+    return [event["told_by"] for event in run.lines("events.jsonl") if event["event"] == "stopped"]
+
+
+def test_a_limit_that_is_announced_is_survived(told: Told, left_alone: Run) -> None:
+    assert_survived(told(announced), left_alone)
+
+
+def test_without_a_signal_the_ranks_look_at_the_clock(told: Told, left_alone: Run) -> None:
+    limited = told(not_announced)
+    assert_survived(limited, left_alone)
+    assert told_by(limited.run) == ["deadline"]
+    assert "--signal" not in (limited.run.folder / "script.sbatch").read_text()
+
+
+def test_a_save_under_way_at_the_limit_is_no_harm(told: Told, left_alone: Run) -> None:
+    assert_survived(told(limit_during_a_save), left_alone)

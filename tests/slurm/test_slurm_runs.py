@@ -1,23 +1,23 @@
-"""Whole training runs on a real Slurm, and what a cluster does to them.
+"""Whole training runs of the example on a real Slurm: two nodes with two ranks each, preempted, cancelled, hostile names.
 
-Every disturbed run must show, bit for bit, the losses of the same run left alone.
+Every disturbed run must show, bit for bit, the losses of the same run left alone. What else a cluster does to runs is in
+the files beside this one.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from whole_runs import GPT, SMALL, Run, Runs, wait_until
+from lives import causes, processes_of, taken_again
+from whole_runs import GPT, SMALL, Run, Runs
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.slurm
@@ -45,36 +45,8 @@ def train(runs: Runs, *options: str, steps: int = STEPS) -> Run:
     return runs.submit(GPT, *FOUR_RANKS, *options, args=("--steps", str(steps), *SMALL))
 
 
-def causes(run: Run) -> list[str]:
-    return [attempt["cause"] for attempt in run.status()["attempts"]]
-
-
 def restarts(cluster: SlurmCluster, run: Run) -> str:
     return cluster.job(run.job_id)["Restarts"]
-
-
-def read_process(pid: str, name: str) -> bytes:
-    """One file of a process; empty when it has ended."""
-    try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
-    except OSError:
-        return b""
-
-
-def environ_of(pid: int) -> dict[bytes, bytes]:
-    return dict(entry.split(b"=", 1) for entry in read_process(str(pid), "environ").split(b"\0") if b"=" in entry)
-
-
-def ranks_of(run: Run) -> list[int]:
-    """The rank processes of a run, by the run folder in their environment."""
-    pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
-    return [
-        pid
-        for pid in pids
-        if environ_of(pid).get(b"HPCDS_RUN_DIR") == str(run.folder).encode()
-        and b"train.py" in (command := read_process(str(pid), "cmdline"))
-        and not command.startswith(b"srun")
-    ]
 
 
 def test_two_nodes_with_two_ranks_each_train_and_finish(undisturbed: Run) -> None:
@@ -96,48 +68,10 @@ def test_a_preempted_run_is_saved_in_its_grace_and_resumes_to_the_bit(
     status = run.wait_until_over()
     assert causes(run) == ["preempted", "finished"], run.story()
     assert run.losses() == undisturbed.losses()
-    assert max(Counter(step["step"] for step in run.steps()).values()) == 1, "a step was taken twice"
+    assert taken_again(run) == []
     assert status["steps_lost"] == 0
     assert restarts(slurm_cluster, run) == "1"
     assert slurm_cluster.job(run.job_id)["JobState"] == "COMPLETED"
-
-
-def test_preemption_without_grace_loses_no_step_either(
-    slurm_cluster: SlurmCluster, runs: Runs, undisturbed: Run
-) -> None:
-    run = train(runs, "--partition", "nograce")
-    run.wait_for_step(15)
-    slurm_cluster.submit("#!/bin/bash\nsleep 2\n", "-p", "urgent", "--exclusive", "-N4", "--time=1")
-    run.wait_until_over()
-    assert causes(run) == ["preempted", "finished"], run.story()
-    assert run.status()["attempts"][0]["action"] == "leave", "Slurm had queued it again itself"
-    assert run.losses() == undisturbed.losses()
-    assert restarts(slurm_cluster, run) == "1"
-
-
-def test_a_killed_rank_is_named_and_the_run_resumes_from_its_newest_checkpoint(runs: Runs, undisturbed: Run) -> None:
-    run = train(runs, "--set", "checkpoint.every_steps=10")
-    run.wait_for_step(25)
-    victim = ranks_of(run)[-1]
-    environ = environ_of(victim)
-    os.kill(victim, signal.SIGKILL)
-    run.wait_until_over()
-    assert causes(run) == ["crashed", "finished"], run.story()
-    crash = run.status()["attempts"][0]
-    assert crash["action"] == "requeue"
-    assert crash["exit_code"] == 128 + signal.SIGKILL
-    assert crash["failure"]["rank"] == int(environ[b"SLURM_PROCID"])
-    assert crash["failure"]["host"] == environ[b"SLURMD_NODENAME"].decode()
-    assert "killed by SIGKILL" in crash["detail"]
-    assert crash["failure"]["last_lines"] == rank_log(run, crash["failure"]["rank"])[-20:]
-    resumed = next(event["step"] for event in run.lines("events.jsonl") if event["event"] == "resumed")
-    assert resumed == crash["saved_step"]
-    assert resumed % 10 == 0
-    assert run.losses() == undisturbed.losses()
-
-
-def rank_log(run: Run, rank: int) -> list[str]:
-    return (run.folder / "logs" / "attempt-1" / f"rank-{rank}.log").read_text().splitlines()
 
 
 def test_a_cancelled_run_stays_down_until_it_is_resumed(
@@ -155,27 +89,6 @@ def test_a_cancelled_run_stays_down_until_it_is_resumed(
     run.wait_until_over()
     assert causes(run) == ["cancelled", "finished"], run.story()
     assert run.losses() == undisturbed.losses()
-
-
-def test_the_time_limit_is_survived(slurm_cluster: SlurmCluster, runs: Runs) -> None:
-    """Two minutes, of which Slurm may announce the end up to one minute early: more steps than fit, however fast they are."""
-    run = runs.submit(
-        GPT, "--site", "slurm", "--tasks-per-node", "2", "--time", "2", "--set", "restart.lead=30",
-        args=("--steps", "100000", "--layers", "4", "--bytes", "400000"),
-    )  # fmt: skip
-    run.wait_for_step(1)
-    limit_at = float((run.folder / "deadline").read_text().split()[1])
-    wait_until(lambda: len(run.lines("attempts.jsonl")) > 1, 150, run, "the end of the first attempt")
-    first = run.status()["attempts"][0]
-    assert first["cause"] == "walltime", run.story()
-    assert first["closed"] < limit_at, "it was saved only after the limit"
-    assert first["saved_step"] == first["last_step"]
-    wait_until(lambda: run.steps()[-1]["attempt"] == 2, 90, run, "the second attempt")
-    slurm_cluster.run("scancel", run.job_id)
-    run.wait_until_over()
-    taken = [step["step"] for step in run.steps()]
-    assert taken == list(range(1, len(taken) + 1))
-    assert restarts(slurm_cluster, run) == "1"
 
 
 def test_a_crash_before_the_first_step_is_held_with_its_reason(
@@ -240,6 +153,6 @@ def test_hostfile_of_an_allocation(slurm_cluster: SlurmCluster) -> None:
     assert done.stdout == "n1 slots=2\nn2 slots=2\n"
 
 
-def test_no_rank_is_left(undisturbed: Run) -> None:
-    assert ranks_of(undisturbed) == []
+def test_nothing_is_left(undisturbed: Run) -> None:
+    assert processes_of(undisturbed) == []
     assert subprocess.run(["pgrep", "-f", str(undisturbed.folder)], check=False, capture_output=True).stdout == b""
