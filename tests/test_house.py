@@ -63,6 +63,7 @@ ENVIRONMENT_READERS = {
     "runtime/",  # a rank learns who it is
     "cluster/shell.py",  # hands it on, without the variables of an enclosing job
     "cluster/local.py",
+    "cluster/connect.py",  # which cluster this is
     "cluster/process.py",  # what Slurm calls this node
     "cluster/local_keeper.py",
     "supervise/supervisor.py",  # reads the job id, hands the rest on to the ranks

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from hpc_ds.cli import checkpoint, config, hostfile, runs, status, submit
+from hpc_ds.cli import checkpoint, config, hostfile, runs, site, status, submit
 from hpc_ds.errors import HpcdsError
 from hpc_ds.version import __version__
 
@@ -35,6 +35,7 @@ app.command("resume")(runs.resume)
 app.command("hostfile")(hostfile.hostfile)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
+app.add_typer(site.app, name="site")
 app.command("supervise")(runs.supervise)
 
 

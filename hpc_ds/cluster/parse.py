@@ -64,6 +64,18 @@ def parse_job(line: str) -> JobState:
     )
 
 
+def parse_config(text: str) -> dict[str, str]:
+    """What ``scontrol show config`` printed; ``(null)`` is left out."""
+    pairs = (line.partition("=") for line in text.splitlines())
+    found = {key.strip(): value.strip() for key, equals, value in pairs if equals}
+    return {key: value for key, value in found.items() if value != "(null)"}
+
+
+def parse_gpus(gres: str) -> int:
+    """How many GPUs stand in a GRES such as ``gpu:a100:4(S:0-1),nvme:1``."""
+    return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres))
+
+
 QUEUE_FORMAT = "%i|%A|%T|%Q|%S|%e|%N|%r"  # the reason last: its text is free
 
 

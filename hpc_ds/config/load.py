@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_ds.config.job import JobConfig, Resources
 from hpc_ds.config.model import check, nearest
-from hpc_ds.config.site import SiteConfig
+from hpc_ds.config.site import Detect, SiteConfig
 from hpc_ds.config.training import load_training, resolve_batch_sizes
 from hpc_ds.errors import ConfigError, SiteError
 from hpc_ds.shipped import shipped
@@ -200,10 +200,27 @@ def load_site(name: str) -> SiteConfig:
 
 def site_files() -> dict[str, Path]:
     """Every known site and its file: those shipped, and those in ``~/.config/hpcds/sites``, which come first."""
-    folders = [shipped("site_configs")]
-    with contextlib.suppress(RuntimeError):  # a user without a home
-        folders.append(Path.home() / ".config" / "hpcds" / "sites")
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
+    folders = [shipped("site_configs"), own_folder("sites")]
+    return {path.stem: path for folder in folders if folder is not None for path in sorted(folder.glob("*.json"))}
+
+
+def own_folder(name: str) -> Path | None:
+    """The user's own ``sites`` or ``templates``, whether it is there or not; None for a user without a home."""
+    with contextlib.suppress(RuntimeError):
+        return Path.home() / ".config" / "hpcds" / name
+    return None
+
+
+def clusters() -> dict[str, Detect]:
+    """Site -> by what its cluster is known; the user's own first. A file that is not usable knows none."""
+    found: dict[str, Detect] = {}
+    of_us = shipped("site_configs")
+    for name, path in sorted(site_files().items(), key=lambda item: (item[1].parent == of_us, item[0])):
+        with contextlib.suppress(ConfigError):
+            by = read_json(path, "site file").get("detect")
+            if by is not None:
+                found[name] = check(Detect, by, str(path)) if isinstance(by, dict) else Detect()
+    return found
 
 
 def _absolute_paths(data: Mapping[str, Any], base: Path) -> dict[str, Any]:

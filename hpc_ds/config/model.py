@@ -81,6 +81,8 @@ def _as_config_error(error: ValidationError, model: type[Model], file: str) -> C
     first_at: dict[str, ErrorDetails] = {}
     for detail in details:
         first_at.setdefault(_key_of(detail, model), detail)
+    # Nor is a list taken for what else may stand there, where something in it is wrong.
+    first_at = {key: detail for key, detail in first_at.items() if not any(at.startswith(f"{key}[") for at in first_at)}
     sentences = [_sentence(key, detail, model) for key, detail in first_at.items()]
     key, detail = next(iter(first_at.items()))
     return ConfigError(f"{file}: " + ", and ".join(sentences), file=file, key=key, value=detail.get("input"))
@@ -93,12 +95,13 @@ def _key_of(detail: ErrorDetails, model: type[Model]) -> str:
     for part in detail["loc"]:
         if isinstance(part, int):
             parts[-1:] = [f"{parts[-1]}[{part}]"] if parts else [f"[{part}]"]
+            annotation = _inner(annotation, list)
         elif (fields := _fields(annotation)) is not None:
             if part in fields or detail["type"] in {"extra_forbidden", "missing"}:
                 annotation = fields.get(part)
                 parts.append(part)
         elif _is_mapping(annotation) and "[" not in part:
-            annotation = None  # below a key of the user's own there are only tags
+            annotation = _inner(annotation, dict)  # below a key of the user's own there are tags, or a model
             parts.append(part)
     return key_in_words(".".join(parts))
 
@@ -154,13 +157,27 @@ def section_of(annotation: object) -> type[Model] | None:
     return None
 
 
+def _members(annotation: object) -> tuple[object, ...]:
+    return get_args(annotation) if get_origin(annotation) in {Union, types.UnionType} else (annotation,)
+
+
 def _is_mapping(annotation: object) -> bool:
-    members = get_args(annotation) if get_origin(annotation) in {Union, types.UnionType} else (annotation,)
-    return any(get_origin(member) is dict or member is dict for member in members)
+    return any(get_origin(member) is dict or member is dict for member in _members(annotation))
+
+
+def _inner(annotation: object, kind: type) -> object:
+    """What the values of the mapping, or list, in an annotation are; None where it does not say."""
+    for member in _members(annotation):
+        if get_origin(member) is kind:
+            return get_args(member)[-1]
+    return None
 
 
 def _fields_at(model: type[Model], path: list[str]) -> dict[str, object] | None:
     annotation: object = model
     for part in path:
-        annotation = (_fields(annotation) or {}).get(part.split("[")[0])
+        name, bracket, _ = part.partition("[")
+        fields = _fields(annotation)
+        annotation = _inner(annotation, dict) if fields is None else fields.get(name)
+        annotation = _inner(annotation, list) if bracket else annotation
     return _fields(annotation)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from hpc_ds.cluster import process
 from hpc_ds.cluster.parse import parse_due_to, parse_lost_node, parse_task_end
+from hpc_ds.config.site_rules import gpus_per_rank, takes_full_nodes
 from hpc_ds.launch.failure import Failure, TaskEnd, in_words, last_lines
 from hpc_ds.launch.node_list import expand
 from hpc_ds.launch.runner import CHECKPOINTED
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from hpc_ds.config.job import Resources
+    from hpc_ds.config.job import JobConfig, Resources
+    from hpc_ds.config.site import SiteConfig
 
 _PATIENCE_S = 10.0
 _KILL_PATIENCE_S = 20.0
@@ -58,6 +60,16 @@ def srun_command(argv: list[str], resources: Resources, options: list[str], comp
         # Slurm 22.05 to 23.02 do not pass the job's value on to steps.
         command.append(f"--cpus-per-task={resources.cpus_per_task}")
     return [*command, *options, "/bin/sh", "-c", _WITH_LOG, "hpcds-rank", *argv]
+
+
+def site_options(job: JobConfig, site: SiteConfig) -> list[str]:
+    """The options of srun that a site wants, for this job."""
+    options = list(site.srun)
+    if site.gpu_request == "gpus_per_task" and job.resources.gpus_per_node:
+        options.append(f"--gpus-per-task={gpus_per_rank(job.resources)}")
+    if takes_full_nodes(job, site):
+        options += site.srun_full_node
+    return options
 
 
 def components_of(environ: Mapping[str, str]) -> int:

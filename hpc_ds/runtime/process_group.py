@@ -31,7 +31,7 @@ from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined] 
 
 from hpc_ds.errors import RankError
 from hpc_ds.launch.node_list import expand
-from hpc_ds.run_dir import write_atomic
+from hpc_ds.run_dir import read_object, write_atomic
 from hpc_ds.runtime import mpi, preemption
 from hpc_ds.runtime.rank import Rank, in_slurm_step, rank_from_environment
 from hpc_ds.runtime.show_log import show_log
@@ -44,6 +44,7 @@ log = logging.getLogger("hpc_ds")
 _DEFAULT_TIMEOUT = timedelta(minutes=10)
 _GOODBYE = timedelta(seconds=30)
 _IDLE_WITHIN_S = 2.0
+_PORTS_TRIED = 50
 
 
 def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
@@ -187,10 +188,33 @@ def _join(me: Rank, backend: str, timeout: timedelta, port: int, ask_mpi: bool) 
 
 
 def _listen(world_size: int, timeout: timedelta, port: int) -> TCPStore:
+    *ports, last = [port] if port else allowed_ports(os.environ)
+    for candidate in ports:
+        with contextlib.suppress(RuntimeError):  # somebody else listens there
+            return _store(candidate, world_size, timeout)
     try:
-        return TCPStore("localhost", port, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        return _store(last, world_size, timeout)
     except RuntimeError as error:
-        raise RankError(f"port {port}: rank 0 cannot listen there: {_first_line(error)}; choose another") from error
+        raise RankError(f"port {last}: rank 0 cannot listen there: {_first_line(error)}; choose another") from error
+
+
+def _store(port: int, world_size: int, timeout: timedelta) -> TCPStore:
+    return TCPStore("localhost", port, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+
+
+def allowed_ports(environ: Mapping[str, str]) -> list[int]:
+    """Where rank 0 may listen, in the order to try: in the site's ``port_range``, else 0, which is any free port.
+
+    Attempts begin at different places in a range: a port of the last one may still be held by the system.
+    """
+    site = read_object(Path(environ["HPCDS_RUN_DIR"]) / "site.json") if "HPCDS_RUN_DIR" in environ else {}
+    given = site.get("port_range")
+    if not (isinstance(given, list) and len(given) == 2):
+        return [0]
+    first, count = given[0], given[1] - given[0] + 1
+    attempt = environ.get("HPCDS_ATTEMPT", "")
+    begin = (int(attempt) if attempt.isdigit() else 0) * _PORTS_TRIED
+    return [first + (begin + index) % count for index in range(min(count, _PORTS_TRIED))]
 
 
 def _connect(host: str, port: int, world_size: int, timeout: timedelta) -> TCPStore:

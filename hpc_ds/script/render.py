@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from hpc_ds.config.job import lead_s, python_of, time_limit_s
+from hpc_ds.config.load import own_folder
+from hpc_ds.config.site_rules import said
 from hpc_ds.errors import ConfigError, SiteError
+from hpc_ds.script.options import sbatch_options
 from hpc_ds.shipped import shipped
 
 if TYPE_CHECKING:
@@ -35,13 +38,40 @@ def quoted(value: object) -> str:
 
 
 def render(job: JobConfig, site: SiteConfig, run: RunDir, templates: Path | None = None) -> str:
-    """The text of the job script. Pure: it reads templates and nothing else.
+    """The text of the job script. It reads templates and nothing else.
+
+    Args:
+        job: what is asked for.
+        site: where; it names the template.
+        run: the run folder, which need not be there yet.
+        templates: a folder whose templates come before the user's own and the shipped ones.
 
     Raises:
-        SiteError: the site's template is missing, or asks for a value that there is not.
+        SiteError: the site's template is missing, or asks for a value that there is not; file and line are named.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([str(folder) for folder in (templates, shipped("templates")) if folder]),
+    environment = _environment(templates)
+    try:
+        return environment.get_template(site.template).render(_values(job, site, run))
+    except jinja2.TemplateError as error:
+        raise _as_site_error(error, site) from None
+
+
+def check_template(site: SiteConfig, templates: Path | None = None) -> None:
+    """Read the template of a site.
+
+    Raises:
+        SiteError: it is missing, or is no template; file and line are named.
+    """
+    try:
+        _environment(templates).get_template(site.template)
+    except jinja2.TemplateError as error:
+        raise _as_site_error(error, site) from None
+
+
+def _environment(templates: Path | None) -> jinja2.Environment:
+    folders = [templates, own_folder("templates"), shipped("templates")]
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([str(folder) for folder in folders if folder is not None]),
         undefined=jinja2.StrictUndefined,
         finalize=quoted,
         keep_trailing_newline=True,
@@ -49,12 +79,27 @@ def render(job: JobConfig, site: SiteConfig, run: RunDir, templates: Path | None
         lstrip_blocks=True,
         autoescape=False,  # noqa: S701 - this is shell, not HTML: finalize quotes it
     )
-    try:
-        return environment.get_template(site.template).render(_values(job, site, run))
-    except jinja2.TemplateNotFound as error:
-        raise SiteError(f"site {site.name!r}: template {error.name!r}: no such file; add it to templates/") from None
-    except jinja2.TemplateError as error:
-        raise SiteError(f"site {site.name!r}: template {site.template!r}: {error}; mend the template") from None
+
+
+def _as_site_error(error: jinja2.TemplateError, site: SiteConfig) -> SiteError:
+    if isinstance(error, jinja2.TemplateNotFound):
+        return SiteError(f"site {site.name!r}: template {error.name!r}: no such file; add it to templates/")
+    file, line = _where(error)
+    at = f"{site.template!r}" if file is None else f"{file!r}, line {line}"
+    return SiteError(f"site {site.name!r}: template {at}: {error.message}; mend the template", file=file)
+
+
+def _where(error: jinja2.TemplateError) -> tuple[str | None, int]:
+    """File and line of a template that an error comes from: of its syntax, or the innermost one that was running."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return error.filename, error.lineno
+    found: tuple[str | None, int] = (None, 0)
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename.endswith(".j2"):
+            found = (trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
 
 
 def environment_file(job: JobConfig, site: SiteConfig, environ: dict[str, str]) -> str:
@@ -66,7 +111,9 @@ def environment_file(job: JobConfig, site: SiteConfig, environ: dict[str, str]) 
     missing = [name for name in job.env_from if name not in environ]
     if missing:
         raise ConfigError(f"env_from {missing[0]!r}: not set in this shell; set it or leave it out", key="env_from")
-    variables = {**site.env, **{name: environ[name] for name in job.env_from}, **job.env}
+    _, interfaces = said(job, site, "interfaces")
+    network = {"NCCL_SOCKET_IFNAME": ",".join(interfaces)} if isinstance(interfaces, list) else {}
+    variables = {**network, **site.env, **{name: environ[name] for name in job.env_from}, **job.env}
     for name, value in variables.items():
         if not value.isascii() and value.encode(errors="ignore").decode() != value:
             raise ConfigError(
@@ -78,7 +125,8 @@ def environment_file(job: JobConfig, site: SiteConfig, environ: dict[str, str]) 
 def _values(job: JobConfig, site: SiteConfig, run: RunDir) -> dict[str, Any]:
     limit = job.resources.time
     return {
-        "options": _sbatch_options(job, site, run),
+        "options": sbatch_options(job, site, run),
+        "modules": site.modules,
         "setup": [Raw(line) for line in (*site.setup, *job.setup)],
         "run_dir": run.root,
         "env_file": run.env,
@@ -90,33 +138,3 @@ def _values(job: JobConfig, site: SiteConfig, run: RunDir) -> dict[str, Any]:
         "grace_s": site.grace_s,
         "kill_wait_s": site.kill_wait_s,
     }
-
-
-def _sbatch_options(job: JobConfig, site: SiteConfig, run: RunDir) -> dict[str, object]:
-    """Every sbatch option of the job; None stands for an option without a value. The job's own word comes last."""
-    resources = job.resources
-    options: dict[str, object] = {
-        "job-name": job.name,
-        "nodes": resources.nodes,
-        "ntasks-per-node": resources.ranks_per_node,
-        # "%" begins a pattern in file names. Slurm truncates the file at a restart unless told to append.
-        "output": str(run.scheduler_log).replace("%", "%%"),
-        "open-mode": "append",
-        "requeue": None,
-        "signal": f"{job.restart.signal}@{lead_s(job)}",
-        **site.sbatch,
-    }
-    if resources.gpus_per_node:
-        gres = site.gpu_request == "gres"
-        options |= {"gres": f"gpu:{resources.gpus_per_node}"} if gres else {"gpus-per-node": resources.gpus_per_node}
-    for key in ("cpus_per_task", "mem", "time", "partition", "account", "qos", "constraint"):
-        if getattr(resources, key) is not None:
-            options[key.replace("_", "-")] = getattr(resources, key)
-    if resources.exclude:
-        options["exclude"] = ",".join(resources.exclude)
-    for name, value in resources.sbatch.items():
-        if value is False:
-            options.pop(name, None)
-        else:
-            options[name] = None if value is True else value
-    return options

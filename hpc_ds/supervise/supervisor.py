@@ -17,11 +17,12 @@ from hpc_ds.cluster.connect import scheduler_named
 from hpc_ds.cluster.process import node_name
 from hpc_ds.config.job import python_of
 from hpc_ds.config.load import load_resolved, load_site
+from hpc_ds.config.site_rules import fitted
 from hpc_ds.errors import NodeListError, RefusedError, RunError
 from hpc_ds.launch.failure import Failure, first_failure
 from hpc_ds.launch.local import LocalRunner
 from hpc_ds.launch.node_list import expand
-from hpc_ds.launch.srun import SrunRunner, components_of, srun_command
+from hpc_ds.launch.srun import SrunRunner, components_of, site_options, srun_command
 from hpc_ds.run_dir import read_object
 from hpc_ds.script.submit import note_job
 from hpc_ds.script.waiting import redirect
@@ -190,7 +191,7 @@ class Supervisor:
         argv = self._argv()
         if self._site.scheduler == "local":
             return LocalRunner(argv, environ, job.resources.world_size, logs, self._run.local / "step.json")
-        command = srun_command(argv, job.resources, self._site.srun, components_of(os.environ))
+        command = srun_command(argv, fitted(job, self._site), site_options(job, self._site), components_of(os.environ))
         return SrunRunner(command, environ, logs)
 
     def _argv(self) -> list[str]:

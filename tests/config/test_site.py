@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jinja2
 import pytest
 
 from hpc_ds.config.load import load_site, site_files
+from hpc_ds.config.site import SiteConfig
+from hpc_ds.config.site_table import sites_page
 from hpc_ds.errors import SiteError
 from hpc_ds.shipped import shipped
 
@@ -45,6 +48,55 @@ def test_a_shipped_site_is_whole(name: str) -> None:
     jinja2.Environment(autoescape=True).parse(source)
 
 
+@pytest.mark.parametrize("name", [name for name in SITES if name not in {"local", "slurm"}])
+def test_every_field_of_a_shipped_site_has_a_source(name: str) -> None:
+    site = load_site(name)
+    data = json.loads((REPOSITORY / "site_configs" / f"{name}.json").read_text(encoding="utf-8"))
+    assert list(data)[:3] == ["name", "description", "scheduler"]
+    fields = [
+        f"{section}.{key}" if isinstance(value, dict) else section
+        for section, value in data.items()
+        if section not in {"name", "description", "scheduler", "sources"}
+        for key in (value if isinstance(value, dict) else [""])
+    ]
+    assert [field for field in fields if site.source_of(field) is None] == []
+    assert all(source.source for source in site.sources.values())
+
+
+def test_the_page_of_the_sites_is_current() -> None:
+    sites = [load_site(name) for name in SITES]
+    assert (REPOSITORY / "docs" / "sites.md").read_text(encoding="utf-8") == sites_page(sites), "make docs"
+
+
+def test_registry_files_and_docs_name_the_same_sites() -> None:
+    page = (REPOSITORY / "docs" / "sites.md").read_text(encoding="utf-8")
+    table = page.partition("## The shipped sites")[2].partition("## Adding")[0]
+    assert re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE) == SITES == sorted(site_files())
+
+
+def test_every_field_is_explained() -> None:
+    page = (REPOSITORY / "docs" / "sites.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([a-z_]+)` \| [^|]+ \| ([^|]*) \|", page.partition("## Fields")[2], re.MULTILINE))
+    assert set(SiteConfig.model_fields) <= set(rows)
+    assert [name for name, words in rows.items() if not words.strip()] == []
+
+
+def test_a_source_counts_for_what_is_below_its_key() -> None:
+    site = load_site("delta")
+    assert site.source_of("partitions.gpuA40x4.walltime") == ("partitions", site.sources["partitions"])
+    assert site.source_of("description") is None
+    assert site.source_of("") is None
+    assert "partitions" in site.unverified
+    assert "account" not in site.unverified
+    assert load_site("slurm").unverified == []
+
+
+def test_a_site_survives_its_run_folder(tmp_path: Path) -> None:
+    for name in SITES:
+        (tmp_path / "site.json").write_text(json.dumps(load_site(name).model_dump(mode="json")))
+        assert load_site(str(tmp_path / "site.json")) == load_site(name)
+
+
 def test_a_site_of_the_user_comes_first(tmp_path: Path) -> None:
     write(tmp_path / ".config" / "hpcds" / "sites" / "slurm.json", description="ours")
     write(tmp_path / ".config" / "hpcds" / "sites" / "new.json")
@@ -71,7 +123,8 @@ def test_a_site_is_taken_from_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 UNKNOWN = {
     "slrum": "site 'slrum': unknown; did you mean 'slurm'?",
-    "perlmutter-x": "site 'perlmutter-x': unknown; known: ",
+    "perlmutter-x": "site 'perlmutter-x': unknown; did you mean 'perlmutter'?",
+    "x": "site 'x': unknown; known: ",
     "": "site '': unknown; known: ",
     "auto": "site 'auto': unknown; known: ",
     "../slurm": "site file '../slurm': no such file; check the path",
@@ -90,7 +143,7 @@ def test_an_unknown_site_is_refused_and_the_known_ones_named(name: str, complain
 BAD: list[tuple[dict[str, object], str]] = [
     ({"name": "nothing"}, "name: missing; it has no default"),
     ({"scheduler": "pbs"}, "scheduler 'pbs': not one of the choices; use 'slurm' or 'local'"),
-    ({"gpu_request": "gpus"}, "gpu_request 'gpus': not one of the choices"),
+    ({"gpu_request": "cores"}, "gpu_request 'cores': not one of the choices"),
     ({"sbtach": {}}, "sbtach: unknown key; did you mean 'sbatch'?"),
     ({"sbatch": {"mem": 0}}, "sbatch.mem 0: not text; put it in quotes"),
     ({"grace_s": 0}, "grace_s 0: out of range; it must be greater than 0"),
@@ -99,6 +152,24 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"sbatch": {"comment": "a\ntouch b"}}, "sbatch.comment 'a\\ntouch b': has a line break"),
     ({"sbatch": {"comment\ntouch b": "a"}}, "sbatch"),
     ({"env": {"A B": "1"}}, "env: 'A B' is not a variable name"),
+    ({"walltime": "1.5"}, "walltime '1.5': not a time limit"),
+    ({"walltime": [{"nodes": 4, "time": "1h"}]}, "walltime[0].time '1h': not a time limit"),
+    ({"walltime": [{"nodes": 4, "time": "60"}, {"nodes": 2, "time": "30"}]}, "walltime ["),
+    ({"walltime": []}, "walltime []: not a list by rising number of nodes, null last; sort it"),
+    ({"partitions": {"p": {"max_nodes": 0}}}, "partitions.p.max_nodes 0: out of range"),
+    ({"partitions": {"p": {"maxnodes": 1}}}, "partitions.p.maxnodes: unknown key; did you mean 'max_nodes'?"),
+    ({"qos": {"q": {"walltime": 60}}}, "qos.q.walltime 60: not text"),
+    ({"account": {"pattern": "("}}, "account.pattern '(': not a regular expression"),
+    ({"account": "m42"}, "account 'm42': not a section"),
+    ({"port_range": [5, 4]}, "port_range [5, 4]: the first port is above the last; exchange them"),
+    ({"port_range": [5]}, "port_range [5]: "),
+    ({"port_range": [5, 70000]}, "port_range[1] 70000: out of range"),
+    ({"containers": ["docker"]}, "containers[0] 'docker': not one of the choices"),
+    ({"memory": 0}, "memory 0: not one of the choices"),
+    ({"sources": {"scratch": {"source": "x"}}}, "sources.scratch: this file has no such field; name one that it has"),
+    ({"sources": {"name": {"source": "x", "date": "last year"}}}, "sources.name.date 'last year': not a date"),
+    ({"sources": {"name": {"verified": True}}}, "sources.name.source: missing"),
+    ({"modules": ["a\nb"]}, "modules[0] 'a\\nb': has a line break"),
 ]
 
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fakes import fake_program
 
-from hpc_ds.config.job import Resources
+from hpc_ds.config.job import JobConfig, Resources
 from hpc_ds.config.model import check
+from hpc_ds.config.site import SiteConfig
 from hpc_ds.launch import srun
 from hpc_ds.launch.failure import Failure, first_failure
 from hpc_ds.launch.runner import CHECKPOINTED
-from hpc_ds.launch.srun import SrunRunner, exit_code_of, srun_command
+from hpc_ds.launch.srun import SrunRunner, exit_code_of, site_options, srun_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -321,3 +322,25 @@ def test_a_runner_that_was_not_started_has_not_ended(tmp_path: Path) -> None:
 def test_srun_that_is_not_there_is_an_oserror_for_the_supervisor(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         SrunRunner(["srun"], {"PATH": str(tmp_path)}, tmp_path / "logs").start()
+
+
+def site_of(**data: Any) -> SiteConfig:
+    site: SiteConfig = check(SiteConfig, {"name": "s", "description": "d", "scheduler": "slurm", **data}, "site.json")
+    return site
+
+
+def test_srun_is_told_what_the_site_wants() -> None:
+    full: JobConfig = check(
+        JobConfig, {"command": ["x"], "resources": {"gpus_per_node": 4, "tasks_per_node": 4}}, "job.json"
+    )
+    half: JobConfig = check(
+        JobConfig, {"command": ["x"], "resources": {"gpus_per_node": 4, "tasks_per_node": 2}}, "job.json"
+    )
+    none: JobConfig = check(JobConfig, {"command": ["x"]}, "job.json")
+    by_rank = site_of(gpu_request="gpus_per_task", srun=["--gpu-bind=closest"])
+    assert site_options(full, by_rank) == ["--gpu-bind=closest", "--gpus-per-task=1"]
+    assert site_options(half, by_rank) == ["--gpu-bind=closest", "--gpus-per-task=2"]
+    assert site_options(none, by_rank) == ["--gpu-bind=closest"]
+    whole = site_of(gpus_per_node=4, srun_full_node=["--cpu-bind=map_cpu:0,1,2,3"])
+    assert site_options(full, whole) == ["--cpu-bind=map_cpu:0,1,2,3"]
+    assert site_options(half, whole) == site_options(none, whole) == []

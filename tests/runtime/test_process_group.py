@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from hpc_ds.errors import RankError
 from hpc_ds.runtime import process_group
 
 if TYPE_CHECKING:
@@ -125,3 +128,28 @@ def test_a_script_that_has_chosen_no_device_gets_its_own(
     monkeypatch.setattr(process_group.torch.cuda, "set_device", found.append)
     process_group.init_distributed()
     assert found == chosen
+
+
+def test_rank_0_listens_where_the_site_allows_it(tmp_path: Path) -> None:
+    environ = {"HPCDS_RUN_DIR": str(tmp_path), "HPCDS_ATTEMPT": "1"}
+    assert process_group.allowed_ports({}) == process_group.allowed_ports(environ) == [0]
+    for given, ports in (([7000, 7000], [7000]), ([7000, 7002], [7002, 7000, 7001]), (None, [0]), ([7000], [0])):
+        (tmp_path / "site.json").write_text(json.dumps({"port_range": given}))
+        assert process_group.allowed_ports(environ) == ports
+    (tmp_path / "site.json").write_text(json.dumps({"port_range": [10000, 29999]}))
+    first, second = (process_group.allowed_ports({**environ, "HPCDS_ATTEMPT": number}) for number in "12")
+    assert (len(first), len({*first, *second})) == (50, 100)
+
+
+def test_a_port_that_is_taken_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken, socket.socket() as free:
+        for listener in (taken, free):
+            listener.bind(("", 0))
+            listener.listen()
+        ports = [listener.getsockname()[1] for listener in (taken, free)]
+        free.close()
+        monkeypatch.setattr(process_group, "allowed_ports", lambda _: ports)
+        store = process_group._listen(2, timedelta(seconds=20), 0)
+        assert store.port == ports[1]
+        with pytest.raises(RankError, match=f"port {ports[0]}: rank 0 cannot listen there"):
+            process_group._listen(2, timedelta(seconds=20), ports[0])
