@@ -6,7 +6,9 @@ Two ranks over gloo, one thread each, on site `local`; ranks run benchmarks/reco
 
 start       From the start of an attempt (that of the job script, so the supervisor's own start is counted) to the end of its
             first new step. Beside it the bare minimum (import torch, a process group, the same state from one file, one
-            step) and a DeepSpeed script that loads its own checkpoint; both are started by hand, without any launcher.
+            step) and a DeepSpeed script that loads its own checkpoint, by the `deepspeed` launcher, the counterpart of our
+            supervisor, and by hand, without any. CPU: what rank 0 has used by then, and our supervisor; other work on the
+            machine disturbs it less.
 signal      From the preemption to the end of the last rank, with everything durable; beside it one step, and one
             synchronous save of the same state by the same ranks.
 goodput     A run that is preempted every S seconds. Beside it the usual practice: an sbatch file that starts its ranks again
@@ -60,9 +62,13 @@ PROBE = "probe"
 ROWS = [
     ("start_s", "start of an attempt to its first new step", "s", ""),
     ("start_bare_s", "the bare minimum, likewise", "s", ""),
-    ("start_deepspeed_s", "DeepSpeed's resume, likewise", "s", ""),
+    ("start_deepspeed_s", "DeepSpeed's resume by its launcher, likewise", "s", ""),
+    ("start_by_hand_s", "DeepSpeed's ranks started by hand, likewise", "s", ""),
     ("start_to_bare", "ours / the bare minimum", "", "at most 1.3"),
-    ("start_to_deepspeed", "ours / DeepSpeed's", "", "at most 0.6"),
+    ("start_to_deepspeed", "ours / DeepSpeed's by its launcher", "", "at most 0.6"),
+    ("start_to_by_hand", "ours / DeepSpeed's by hand", "", ""),
+    ("cpu_to_bare", "the same in CPU time: ours / the bare minimum", "", "at most 1.3"),
+    ("cpu_to_by_hand", "the same in CPU time: ours / DeepSpeed's by hand", "", ""),
     ("signal_s", "preemption to durable checkpoint and end of the ranks", "s", ""),
     ("signal_saved_s", "of that, until the checkpoint is durable", "s", ""),
     ("step_s", "one step", "s", ""),
@@ -87,6 +93,7 @@ class Ours:
         folder.mkdir()
         self._folder = folder
         self._starts = folder / "starts"
+        self.log = folder / "log"
         self._environment = environment(folder)
         (folder / "job.json").write_text(json.dumps(self._job()))
         self.run: RunDir | None = None
@@ -95,7 +102,7 @@ class Ours:
         return {
             "name": "recovery",
             "script": str(RANKS),
-            "args": ["ours", "--folder", str(self._folder / PROBE)],
+            "args": ["ours", "--folder", str(self._folder / PROBE), "--log", str(self.log)],
             "resources": {"tasks_per_node": WORLD_SIZE},
             "setup": [f"date +%s.%N >> {self._starts}"],
             "env": {"OMP_NUM_THREADS": "1"},
@@ -144,6 +151,12 @@ class Ours:
         until(lambda: len(self.events("step", attempt)) > more, f"steps of attempt {attempt}", self.files.scheduler_log)
         return float(self.events("step", attempt)[0]["time"]) - self.started()[attempt - 1]
 
+    def cpu_s(self, attempt: int) -> float:
+        """What rank 0 had used after its first step of an attempt."""
+        first = self.events("step", attempt)[0]["step"]
+        until(lambda: any(line["step"] == first for line in read_lines(self.log)), "a line of rank 0", self.log)
+        return float(next(line["cpu_s"] for line in read_lines(self.log) if line["step"] == first))
+
     def ranks(self) -> list[int]:
         """Their process ids."""
         return [pid for pid, _ in read_object(self.files.local / "step.json").get("ranks", [])]
@@ -183,6 +196,7 @@ class Peer:
         self._folder = folder
         self._count = 0
         self.log = folder / "log"
+        self._deepspeed = deepspeed
         self._environment = environment(folder, *([deepspeed] if deepspeed else []))
         self._ranks: list[subprocess.Popen[bytes]] = []
 
@@ -203,6 +217,18 @@ class Peer:
                 )
         return began
 
+    def launch(self) -> float:
+        """Start all ranks by the `deepspeed` launcher; when that was."""
+        self._count += 1
+        words = ["--num_gpus", str(WORLD_SIZE), "--no_local_rank", "--master_addr", "127.0.0.1"]
+        command = [sys.executable, f"{self._deepspeed}/bin/deepspeed", *words, *self.command()[1:]]
+        environment = {**self._environment, "STORE": str(self._folder / f"store-{self._count}")}
+        del environment["WORLD_SIZE"]
+        began = time.time()
+        with (self._folder / "rank-0.log").open("ab") as log:
+            self._ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        return began
+
     def loop(self) -> subprocess.Popen[bytes]:
         """The usual practice: a script that starts its ranks again whenever they have ended."""
         ranks = "\n".join(f'  RANK={rank} LOCAL_RANK={rank} "$@" &' for rank in range(WORLD_SIZE))
@@ -215,10 +241,10 @@ class Peer:
         """Those taken so far, with their times."""
         return read_lines(self.log)
 
-    def until_step(self, count: int) -> float:
-        """Wait for so many steps in all; when the last of them ended."""
+    def until_step(self, count: int) -> dict[str, Any]:
+        """Wait for so many steps in all; the last of them."""
         until(lambda: len(self.steps()) >= count, f"step {count} of {self._who}", self._folder / "rank-0.log")
-        return float(self.steps()[count - 1]["time"])
+        return self.steps()[count - 1]
 
     def wait(self) -> None:
         """Wait until all ranks have ended by themselves."""
@@ -228,8 +254,10 @@ class Peer:
 
     def kill(self) -> None:
         """End all ranks at once."""
+        process.send(
+            [pid for rank in self._ranks for pid in (rank.pid, *process.descendants(rank.pid))], signal.SIGKILL
+        )
         for rank in self._ranks:
-            rank.kill()
             rank.wait()
         self._ranks.clear()
 
@@ -280,25 +308,33 @@ def starts_and_signals(given: argparse.Namespace, folder: Path, deepspeed: Path 
     ours.end()
     rounds: list[dict[str, float]] = []
     for number in range(given.rounds):
-        taken = len(bare.steps())
-        began = bare.start()
-        found = {"start_bare_s": bare.until_step(taken + 1) - began}
+        found = one_start("bare", bare, bare.start)
         bare.wait()
         if peer:
-            taken = len(peer.steps())
-            began = peer.start()
-            found["start_deepspeed_s"] = peer.until_step(taken + 1) - began
+            found |= one_start("by_hand", peer, peer.start)
+            peer.kill()
+            found |= one_start("deepspeed", peer, peer.launch)
             peer.kill()
         rounds.append({**found, **one_preemption(ours, given.probe_after)})
         tell("start and signal", round=number, **rounds[-1])
     return compared(rounds)
 
 
+def one_start(name: str, peer: Peer, start: Callable[[], float]) -> dict[str, float]:
+    """Start a peer and wait for its next step."""
+    taken = len(peer.steps())
+    began = start()
+    step = peer.until_step(taken + 1)
+    return {f"start_{name}_s": float(step["time"]) - began, f"cpu_{name}_s": float(step["cpu_s"])}
+
+
 def one_preemption(ours: Ours, probe_after: int) -> dict[str, float]:
     """Resume, train, preempt, wait for the next attempt's step, end."""
     attempt = len(ours.started()) + 1
     ours.start()
-    first = ours.wait_for_step(attempt, more=probe_after)
+    first = ours.wait_for_step(attempt)
+    cpu_s = on_cpu_s(ours.supervisor()) + ours.cpu_s(attempt)
+    ours.wait_for_step(attempt, more=probe_after)
     saves = [event for event in ours.events("saved", attempt) if event["tag"] == PROBE]
     began, ended = ours.preempt()
     second = ours.wait_for_step(attempt + 1, more=2)
@@ -308,6 +344,7 @@ def one_preemption(ours: Ours, probe_after: int) -> dict[str, float]:
         raise SystemExit("a step was lost")
     return {
         "start_s": (first + second) / 2,
+        "cpu_s": cpu_s,
         "signal_s": ended - began,
         "signal_saved_s": float(saved["time"]) - began,
         "step_s": statistics.median(float(step["seconds"]) for step in steps[1:]),
@@ -318,9 +355,11 @@ def one_preemption(ours: Ours, probe_after: int) -> dict[str, float]:
 def compared(rounds: list[dict[str, float]]) -> dict[str, float]:
     """Medians; ratios are medians of those of each round, whose parts ran one after another."""
     found = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
-    for name in ("bare", "deepspeed"):
-        if f"start_{name}_s" in found:
-            found[f"start_to_{name}"] = statistics.median(each["start_s"] / each[f"start_{name}_s"] for each in rounds)
+    for name in ("bare", "deepspeed", "by_hand"):
+        for what in ("start", "cpu"):
+            if f"{what}_{name}_s" in found and (what, name) != ("cpu", "deepspeed"):  # the launcher's is not known
+                ratios = [each[f"{what}_s"] / each[f"{what}_{name}_s"] for each in rounds]
+                found[f"{what}_to_{name}"] = statistics.median(ratios)
     goals = [each["step_s"] + 1.2 * each["save_s"] for each in rounds]
     ratios = [each["signal_s"] / goal for each, goal in zip(rounds, goals, strict=True)]
     return {**found, "signal_to_goal": statistics.median(ratios)}

@@ -58,7 +58,8 @@ class Log:
         """Add one."""
         if self._path:
             with open(self._path, "a", encoding="utf-8") as file:  # noqa: PTH123 - as scripts do it
-                file.write(json.dumps({"event": "step", "step": number, "time": time.time()}) + "\n")
+                line = {"event": "step", "step": number, "time": time.time(), "cpu_s": time.process_time()}
+                file.write(json.dumps(line) + "\n")
 
 
 def ours(given: argparse.Namespace) -> None:
@@ -67,12 +68,13 @@ def ours(given: argparse.Namespace) -> None:
 
     engine, _, loader, _ = hpc_ds.initialize(model=model(), training_data=data(), config=config())
     engine.load_checkpoint()
-    probe_at = engine.global_steps + PROBE_AT
+    probe_at, log = engine.global_steps + PROBE_AT, Log(given.log)
     while True:
         for (text,) in loader:
             loss = engine(text)
             engine.backward(loss)
             engine.step()
+            log.step(engine.global_steps)
             if given.folder and engine.global_steps == probe_at:
                 engine.save_checkpoint(given.folder, tag=PROBE, save_latest=False)
 

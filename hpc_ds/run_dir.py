@@ -7,6 +7,8 @@ RUNS/<name>-<stamp>/
     provenance.json      who, where, when, with which versions
     script.sbatch        what the scheduler was given
     env.sh               environment of the job, mode 0600
+    after.json           what the run waited for when it was submitted
+    dependents.jsonl     the runs that wait for this one
     job.json             the scheduler's job id; written again by ``resume``
     logs/                scheduler.log, attempt-N/rank-R.log, attempt-N/launcher.log
     logs/attempt-N/      beats/rank-R.json: signs of life; failures/rank-R.json: what a rank raised;
@@ -42,6 +44,8 @@ class RunDir:
         self.provenance = root / "provenance.json"
         self.script = root / "script.sbatch"
         self.env = root / "env.sh"
+        self.after = root / "after.json"
+        self.dependents = root / "dependents.jsonl"
         self.job = root / "job.json"
         self.logs = root / "logs"
         self.scheduler_log = self.logs / "scheduler.log"

@@ -93,6 +93,9 @@ class FakeScheduler:
     def exclude(self, job_id: str, nodes: Sequence[str]) -> None:
         self._request("exclude", " ".join([job_id, *nodes]))
 
+    def depend(self, job_id: str, dependency: str) -> None:
+        self._request("depend", f"{job_id} {dependency}")
+
     def kill_wait_s(self) -> float:
         return 8.0
 

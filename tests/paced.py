@@ -1,7 +1,7 @@
 """A small training program whose pace a test sets: quick up to a step, then slow, so that what a test does finds it busy.
 
-Only the first attempts are slow; pace changes no number. Each rank writes which samples it trained in which step, so
-that a test can see that none was left out and none taken twice.
+Only the first attempts are slow, until there is a file "hurry" in the run folder; pace changes no number. Each rank writes
+which samples it trained in which step, so that a test can see that none was left out and none taken twice.
 
     hpcds submit tests/paced.py -- --steps 40 --slow-from 10
 """
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 ATTEMPT = int(os.environ.get("HPCDS_ATTEMPT", "1"))
+RUN_DIR = Path(os.environ.get("HPCDS_RUN_DIR", "."))
 CONFIG = {
     "train_batch_size": 8,
     "gradient_accumulation_steps": 2,
@@ -66,7 +67,7 @@ class Pace:
         self._args = args
         self._rank = rank
         self._slow = args.slow_attempts >= ATTEMPT
-        self._trained = (Path(os.environ["HPCDS_RUN_DIR"]) / f"samples-{rank}.jsonl").open("a")
+        self._trained = (RUN_DIR / f"samples-{rank}.jsonl").open("a")
         if self._slow and args.slow_disk_s:
             slow_disk(args.slow_disk_s)
 
@@ -81,7 +82,7 @@ class Pace:
 
     def after(self, step: int) -> None:
         """After an optimizer step."""
-        if self._slow and step >= self._args.slow_from:
+        if self._slow and step >= self._args.slow_from and not (RUN_DIR / "hurry").exists():
             time.sleep(self._args.slow_s)
 
 

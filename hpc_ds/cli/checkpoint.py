@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpc_ds.cli.submit import JsonOption, RunsOption
+from hpc_ds.cli.options import JsonOption, RunsOption
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc_ds.cli.submit import JsonOption
+from hpc_ds.cli.options import JsonOption
 from hpc_ds.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -10,8 +10,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hpc_ds.cli.options import (
+    AccountOption,
+    ConstraintOption,
+    CoresOption,
+    FollowOption,
+    GpusOption,
+    JsonOption,
+    MemOption,
+    NodesOption,
+    PartitionOption,
+    QosOption,
+    RunArgument,
+    RunsArgument,
+    RunsOption,
+    SetOption,
+    TasksOption,
+    TimeOption,
+    options_as_overrides,
+)
 from hpc_ds.cli.show import show
-from hpc_ds.cli.submit import JsonOption, RunArgument, RunsArgument, RunsOption, SetOption, options_as_overrides, warn
+from hpc_ds.cli.submit import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -94,17 +113,17 @@ def resume(
     run: RunArgument,
     overrides: SetOption = None,
     runs: RunsOption = Path("runs"),
-    nodes: Annotated[int | None, typer.Option(help="Nodes.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs on each node.")] = None,
-    tasks_per_node: Annotated[int | None, typer.Option(help="Ranks on each node.")] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(help="Cores of each rank.")] = None,
-    mem: Annotated[str | None, typer.Option(help="Memory of a node, as sbatch takes it.")] = None,
-    time_limit: Annotated[str | None, typer.Option("--time", help="Time limit of one start.")] = None,
-    partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Account.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
-    constraint: Annotated[str | None, typer.Option(help="Node features.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show the run until it is over.")] = False,
+    nodes: NodesOption = None,
+    gpus_per_node: GpusOption = None,
+    tasks_per_node: TasksOption = None,
+    cpus_per_task: CoresOption = None,
+    mem: MemOption = None,
+    time_limit: TimeOption = None,
+    partition: PartitionOption = None,
+    account: AccountOption = None,
+    qos: QosOption = None,
+    constraint: ConstraintOption = None,
+    follow: FollowOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Continue a run that was cancelled, held or lost; with other resources, if they are given.
@@ -123,9 +142,10 @@ def resume(
     found = RunDir.find(run, runs)
     job_id = resume_run(found, changes)
     if changes:
-        from hpc_ds.config.load import load_resolved
+        from hpc_ds.config.load import load_resolved, load_site
+        from hpc_ds.script.plan import plan_of
 
-        warn(load_resolved(found.config))
+        warn(plan_of(load_resolved(found.config), load_site(str(found.site))).warnings)
     _done([(found, job_id, "resumed")], alone=True, json_output=json_output)
     if follow:
         show_until_over(found, from_now=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpc_ds.cli.submit import JsonOption
+from hpc_ds.cli.options import JsonOption
 from hpc_ds.errors import HpcdsError, SiteError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hpc_ds.cli.options import JsonOption, RunArgument, RunsOption, SomeRuns
 from hpc_ds.cli.show import console, history_table, list_table, show, show_goodput, status_line, status_table, told
-from hpc_ds.cli.submit import JsonOption, RunArgument, RunsOption, SomeRuns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

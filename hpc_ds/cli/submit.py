@@ -1,107 +1,163 @@
-"""``hpcds submit``, and the arguments and options that several verbs have."""
+"""``hpcds submit``: a job, from a file or straight from a script, with its plan before anything is queued."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hpc_ds.cli.options import (
+    AccountOption,
+    AfterOption,
+    ConstraintOption,
+    CoresOption,
+    FollowOption,
+    GpusOption,
+    JsonOption,
+    MemOption,
+    NodesOption,
+    PartitionOption,
+    QosOption,
+    RunsOption,
+    SetOption,
+    SiteOption,
+    TasksOption,
+    TimeOption,
+    UncheckedOption,
+    options_as_overrides,
+)
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from hpc_ds.config.job import JobConfig
-
-
-def known_runs(incomplete: str) -> list[str]:
-    """What a shell may complete a RUN to."""
-    runs = Path("runs")
-    names = [path.name for path in runs.iterdir() if (path / "config.json").is_file()] if runs.is_dir() else []
-    return sorted(name for name in names if name.startswith(incomplete))
-
-
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run folder, a job id or a run's name.", autocompletion=known_runs)
-]
-SomeRuns = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[RUN]...", help="Run folders, job ids or runs' names.", autocompletion=known_runs),
-]
-RunsArgument = Annotated[
-    list[str], typer.Argument(metavar="RUN...", help="Run folders, job ids or runs' names.", autocompletion=known_runs)
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job, such as resources.nodes=4."),
-]
-RunsOption = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where the run folders are.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+    from hpc_ds.config.site import SiteConfig
+    from hpc_ds.script.waiting import Wait
 
 
 def submit(
     target: Annotated[str, typer.Argument(metavar="JOB.json|SCRIPT.py", help="A job file, or a training script.")],
-    args: Annotated[list[str] | None, typer.Argument(metavar="[-- ARGS]", help="Arguments for the script.")] = None,
-    site: Annotated[
-        str | None, typer.Option("--site", help="A site's name or file; default: the job's, else found out.")
+    args: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- ARGS]", help="Arguments for the script; with --chain further job files."),
     ] = None,
+    site: SiteOption = None,
     overrides: SetOption = None,
     runs: RunsOption = Path("runs"),
     name: Annotated[str | None, typer.Option(help="The run's name.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs on each node.")] = None,
-    tasks_per_node: Annotated[
-        int | None, typer.Option(help="Ranks on each node; default: one per GPU, else one.")
-    ] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(help="Cores of each rank.")] = None,
-    mem: Annotated[str | None, typer.Option(help="Memory of a node, as sbatch takes it.")] = None,
-    time: Annotated[str | None, typer.Option(help="Time limit of one start, as sbatch takes it.")] = None,
-    partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Account.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
-    constraint: Annotated[str | None, typer.Option(help="Node features.")] = None,
+    nodes: NodesOption = None,
+    gpus_per_node: GpusOption = None,
+    tasks_per_node: TasksOption = None,
+    cpus_per_task: CoresOption = None,
+    mem: MemOption = None,
+    time: TimeOption = None,
+    partition: PartitionOption = None,
+    account: AccountOption = None,
+    qos: QosOption = None,
+    constraint: ConstraintOption = None,
     training: Annotated[
         Path | None, typer.Option("--deepspeed-config", "--training", help="The DeepSpeed JSON.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script and stop.")] = False,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show the run until it is over.")] = False,
+    after: AfterOption = None,
+    chain: Annotated[
+        bool, typer.Option("--chain", help="Several job files: each starts when the one before has finished.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script and the plan, and stop.")] = False,
+    unchecked: UncheckedOption = False,
+    follow: FollowOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Submit a job, from a file or straight from a script."""
-    from hpc_ds.config.load import load_site
-    from hpc_ds.script.submit import preview
-    from hpc_ds.script.submit import submit as submit_job
+    """Submit a job, from a file or straight from a script.
 
+    Before it is queued the job is held against the site's limits, the files it names, and Slurm's own opinion.
+    """
     resources = {
         "nodes": nodes, "gpus_per_node": gpus_per_node, "tasks_per_node": tasks_per_node, "cpus_per_task": cpus_per_task,
         "mem": mem, "time": time, "partition": partition, "account": account, "qos": qos, "constraint": constraint,
     }  # fmt: skip
     asked = options_as_overrides(resources, name=name, training=training) + (overrides or [])
-    job = _load(target, asked, args or [])
-    chosen = load_site(site or _site_name(job))
+    jobs = _jobs([target, *(args or [])], asked) if chain else [_load(target, asked, args or [])]
+    wanted = Wanted(jobs, [_site(job, site) for job in jobs], runs, after or [], check=not unchecked)
     if dry_run:
-        text = preview(job, chosen, runs)
-        typer.echo(json.dumps({"site": chosen.name, "script": text}) if json_output else text, nl=json_output)
-        return
-    warn(job)
-    run, job_id = submit_job(job, chosen, runs)
-    if json_output:
-        typer.echo(json.dumps({"run_dir": str(run.root), "job_id": job_id, "site": chosen.name}))
+        _preview(wanted, json_output=json_output)
     else:
-        typer.echo(f"job {job_id} on site {chosen.name}\nrun {run.root}")
+        _submit(wanted, chain=chain, follow=follow, json_output=json_output)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a submit asks for: jobs, the site of each, where the runs are, and what they wait for."""
+
+    jobs: list[JobConfig]
+    sites: list[SiteConfig]
+    runs: Path
+    after: list[str]
+    check: bool
+
+    def waits(self) -> list[Wait]:
+        """What the first job waits for."""
+        if not self.after:
+            return []
+        from hpc_ds.cluster.queue import Queue
+        from hpc_ds.report.after import read_waits
+
+        return read_waits(self.after, self.runs, self.sites[0], Queue())
+
+
+def _jobs(targets: list[str], overrides: list[str]) -> list[JobConfig]:
+    """The jobs of a chain."""
+    from hpc_ds.errors import ConfigError
+
+    for target in targets:
+        if not target.endswith(".json"):
+            raise ConfigError(f"--chain {target!r}: not a job file; give files such as a.json b.json", value=target)
+    return [_load(target, overrides, []) for target in targets]
+
+
+def _site(job: JobConfig, name: str | None) -> SiteConfig:
+    from hpc_ds.config.load import load_site
+
+    return load_site(name or _site_name(job))
+
+
+def _preview(wanted: Wanted, *, json_output: bool) -> None:
+    from hpc_ds.script.plan import plan_lines
+    from hpc_ds.script.submit import preview
+
+    wanted.waits()
+    data = []
+    for job, site in zip(wanted.jobs, wanted.sites, strict=True):
+        text, plan = preview(job, site, wanted.runs, check=wanted.check)
+        data.append({"site": site.name, "script": text, "plan": plan.as_data()})
+        if not json_output:
+            lines = "\n".join(f"# {line}" for line in plan_lines(plan))
+            typer.echo(f"{text}\n# The plan; nothing is queued yet.\n{lines}")
+    if json_output:
+        typer.echo(json.dumps(data[0] if len(data) == 1 else data))
+
+
+def _submit(wanted: Wanted, *, chain: bool, follow: bool, json_output: bool) -> None:
+    from hpc_ds.script.submit import submit as submit_job
+    from hpc_ds.script.submit import submit_chain
+
+    jobs = list(zip(wanted.jobs, wanted.sites, strict=True))
+    if chain:
+        done = submit_chain(jobs, wanted.runs, waits=wanted.waits(), check=wanted.check)
+    else:
+        done = [submit_job(*jobs[0], wanted.runs, waits=wanted.waits(), check=wanted.check)]
+    data = []
+    for one, site in zip(done, wanted.sites, strict=True):
+        warn(one.warnings)
+        data.append({"run_dir": str(one.run.root), "job_id": one.job_id, "site": site.name})
+        if not json_output:
+            typer.echo(f"job {one.job_id} on site {site.name}\nrun {one.run.root}")
+    if json_output:
+        typer.echo(json.dumps(data if chain else data[0]))
     if follow:
         from hpc_ds.cli.runs import show_until_over
 
-        show_until_over(run)
-
-
-def options_as_overrides(
-    resources: Mapping[str, Any], name: str | None = None, training: Path | None = None
-) -> list[str]:
-    """Options of the command line as ``key=value``; those that were not given are left out."""
-    options: dict[str, Any] = {f"resources.{key}": value for key, value in resources.items()}
-    options |= {"name": name, "training": None if training is None else str(training.resolve())}
-    return [f"{key}={value}" for key, value in options.items() if value is not None]
+        show_until_over(done[-1].run)
 
 
 def _load(target: str, overrides: list[str], args: list[str]) -> JobConfig:
@@ -125,12 +181,7 @@ def _site_name(job: JobConfig) -> str:
     return detect_site()
 
 
-def warn(job: JobConfig) -> None:
-    """Say what a job's training config asks for in vain."""
-    from hpc_ds.config.load import check_training
-
-    warnings = []
-    if isinstance(job.training, dict):
-        warnings += check_training(job.training, job.resources, "job")
+def warn(warnings: list[str]) -> None:
+    """Say on stderr what is worth a look."""
     for warning in warnings:
         typer.echo(f"hpcds: warning: {warning}", err=True)

@@ -41,7 +41,7 @@ class Local:
         self._requests = run.local / "requests"
 
     def submit(self, run: RunDir, after: str | None = None, exclude: Sequence[str] = ()) -> str:  # noqa: ARG002
-        """Start the keeper of a job, detached from this terminal; there is one node and nothing to wait for.
+        """Start the keeper of a job, detached from this terminal; with ``after`` it waits for the runs in ``after.json``.
 
         Raises:
             SubmitError: the run has a live job already, or the keeper did not start.
@@ -49,7 +49,7 @@ class Local:
         self._requests.mkdir(parents=True, exist_ok=True)
         with run.scheduler_log.open("ab") as log:
             keeper = subprocess.Popen(
-                [sys.executable, "-m", "hpc_ds.cluster.local_keeper", str(run.root)],
+                [sys.executable, "-m", "hpc_ds.cluster.local_keeper", str(run.root), *(["wait"] if after else [])],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -111,6 +111,9 @@ class Local:
     def exclude(self, job_id: str, nodes: Sequence[str]) -> None:
         """Refused: there is one node."""
         raise RefusedError(f"job {job_id}: site local has one node, so {', '.join(nodes)} cannot be left out")
+
+    def depend(self, job_id: str, dependency: str) -> None:
+        """Nothing to do: a keeper looks at the other runs, not at their jobs."""
 
     def kill_wait_s(self) -> float:
         """The site's, as the run keeps it."""

@@ -29,11 +29,13 @@ from pathlib import Path
 
 from hpc_ds.cluster import process
 from hpc_ds.cluster.local import BUSY
+from hpc_ds.cluster.local_wait import verdict
 from hpc_ds.cluster.scheduler import JobState
 from hpc_ds.run_dir import RunDir, read_object, write_json
 
 _WAKE = {signal.SIGCHLD, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
 _LONGEST_SLEEP_S = 1.0
+_LOOK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +88,32 @@ class Keeper:
         }
         self.job = JobState("PENDING")
 
-    def keep(self) -> None:
-        """Run the job until it ends for good or is held."""
+    def keep(self, *, wait: bool = False) -> None:
+        """Run the job until it ends for good or is held; with ``wait`` only after what stands in ``after.json``."""
         process.adopt_orphans()
         for left in (self._run.local / "requests").glob("*.json"):  # for a keeper before this one
             left.unlink(missing_ok=True)
         signal.pthread_sigmask(signal.SIG_BLOCK, _WAKE)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if wait and not self._wait():
+            return
         while self._run_once() == "requeue":
             pass
+
+    def _wait(self) -> bool:
+        """Wait in the queue; whether the job may start at last."""
+        self.change(state="PENDING", reason="Dependency")
+        while (now := verdict(self._run)) == "wait":
+            woken = signal.sigtimedwait(_WAKE, _LOOK_EVERY_S)
+            if "cancel" in self.requests():
+                self.change(state="CANCELLED", reason="None")
+                return False
+            if woken is not None and woken.si_signo in {signal.SIGTERM, signal.SIGINT}:
+                self.change(state="NODE_FAIL", reason="the keeper was told to end")
+                return False
+        if now == "never":  # Slurm does so where it is told to (kill_invalid_depend); else it keeps the job for ever
+            self.change(state="CANCELLED", reason="DependencyNeverSatisfied")
+        return now == "go"
 
     def change(self, **fields: object) -> None:
         """Change the state of the job and show it to clients."""
@@ -241,7 +260,7 @@ def _reap_adopted(batch: int) -> None:
             os.waitpid(ended.si_pid, 0)
 
 
-def main(root: Path) -> int:
+def main(root: Path, *, wait: bool = False) -> int:
     """Keep the job of a run; two keepers of one run would start its ranks twice, so the second leaves."""
     run = RunDir(root)
     with (run.local / "lock").open(
@@ -251,9 +270,9 @@ def main(root: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return BUSY
-        Keeper(run, lock.fileno()).keep()
+        Keeper(run, lock.fileno()).keep(wait=wait)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), wait=sys.argv[2:] == ["wait"]))

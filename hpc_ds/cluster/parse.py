@@ -143,6 +143,51 @@ def parse_accounts(text: str) -> list[Account]:
     return sorted(found, key=lambda account: account.start or 0.0)
 
 
+IS_DOWN = re.compile(r"down|drain|fail|unk|.*\*")
+"""States of nodes in sinfo's words that can run no job; an asterisk: it does not answer."""
+OFFER_FORMAT = "%P|%D|%c|%m|%G|%T"
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Nodes of one kind and state in one partition.
+
+    Attributes:
+        default: jobs that name no partition go there.
+        cores, memory_mb: of a node, at least.
+        gres: such as ``gpu:4``; empty where there is none.
+        works: they can run jobs, now or when those on them have ended.
+    """
+
+    partition: str
+    default: bool
+    nodes: int
+    cores: int
+    memory_mb: int
+    gres: str
+    works: bool
+
+
+def parse_offers(text: str) -> list[Offer]:
+    """What the partitions have, from what ``sinfo --noheader --format=OFFER_FORMAT`` printed.
+
+    Raises:
+        ParseError: a line is not in this format.
+    """
+    found = []
+    for line in filter(str.strip, text.splitlines()):
+        fields = line.strip().split("|")
+        numbers = [re.match(r"\d+", field) for field in fields[1:4]]  # "4+": some have more
+        if len(fields) != 6 or None in numbers:
+            raise ParseError(f"sinfo answer {line[:200]!r}: not a line as asked for; is this Slurm?", text, line)
+        nodes, cores, memory = (int(number[0]) for number in numbers if number)
+        gres = "" if fields[4] in {"(null)", "N/A"} else fields[4]
+        works = not IS_DOWN.match(fields[5])
+        name = fields[0]
+        found.append(Offer(name.removesuffix("*"), name.endswith("*"), nodes, cores, memory, gres, works))
+    return found
+
+
 def _count(text: str, line: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise ParseError(f"scontrol answer {line[:200]!r}: Restarts={text} is no number; is this Slurm?", line, text)

@@ -68,7 +68,10 @@ class Scheduler(Protocol):
     """
 
     def submit(self, run: RunDir, after: str | None = None, exclude: Sequence[str] = ()) -> str:
-        """Queue the script of a run, to start when job ``after`` has ended, on none of the nodes ``exclude``."""
+        """Queue the script of a run, on none of the nodes ``exclude``.
+
+        ``after`` is a job that must have ended first, or a dependency in Slurm's words, such as ``afterok:12``.
+        """
 
     def show(self, job_id: str) -> JobState | None:
         """What it knows of a job; None when it knows no such job (any more)."""
@@ -90,6 +93,9 @@ class Scheduler(Protocol):
 
     def exclude(self, job_id: str, nodes: Sequence[str]) -> None:
         """Let a waiting job start on none of these nodes."""
+
+    def depend(self, job_id: str, dependency: str) -> None:
+        """Let a waiting job wait for this instead, in Slurm's words."""
 
     def kill_wait_s(self) -> float:
         """Seconds between the SIGTERM and the SIGKILL at the end of a job."""

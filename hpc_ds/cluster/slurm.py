@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hpc_ds.cluster.parse import (
     ACCOUNT_FORMAT,
+    IS_DOWN,
     QUEUE_FORMAT,
     parse_accounts,
     parse_fields,
@@ -31,7 +32,11 @@ _FOR_NOW = re.compile(
     re.IGNORECASE,
 )
 _DEFAULT_KILL_WAIT_S = 30.0
-_IS_DOWN = re.compile(r"down|drain|fail|unk|.*\*")  # states of sinfo; an asterisk: it does not answer
+
+
+def is_for_now(stderr: str) -> bool:
+    """Whether these words of a client say that slurmctld is away or busy, rather than that it has decided."""
+    return _FOR_NOW.search(stderr) is not None
 
 
 class Slurm:
@@ -41,13 +46,15 @@ class Slurm:
         self._shell = shell
 
     def submit(self, run: RunDir, after: str | None = None, exclude: Sequence[str] = ()) -> str:
-        """Queue the script of a run, to start when job ``after`` has ended, on none of the nodes ``exclude``.
+        """Queue the script of a run, on none of the nodes ``exclude``.
+
+        ``after`` is a job that must have ended first, or a dependency in Slurm's words, such as ``afterok:12``.
 
         Raises:
             SubmitError: there is no sbatch, or it refused the job; its words are in the message.
         """
         try:
-            options = [f"--dependency=afterany:{after}"] if after else []
+            options = [f"--dependency={after if ':' in after else f'afterany:{after}'}"] if after else []
             options += [f"--exclude={','.join(exclude)}"] if exclude else []
             answer = self._shell(["sbatch", "--parsable", *options, str(run.script)], timeout_s=60.0)
         except NoAnswerError as error:
@@ -126,10 +133,14 @@ class Slurm:
             )
         self._ask(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}"])
 
+    def depend(self, job_id: str, dependency: str) -> None:
+        """Let a waiting job wait for this instead."""
+        self._ask(["scontrol", "update", f"JobId={job_id}", f"Dependency={dependency}"])
+
     def _working_nodes(self, partition: str) -> set[str]:
         command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T"]
         lines = [line.split() for line in self._shell(command, timeout_s=20.0).stdout.splitlines()]
-        return {words[0] for words in lines if len(words) == 2 and not _IS_DOWN.match(words[1])}
+        return {words[0] for words in lines if len(words) == 2 and not IS_DOWN.match(words[1])}
 
     def release(self, job_id: str) -> None:
         """Let a held job start."""
@@ -150,7 +161,7 @@ class Slurm:
             state = self._shell(["sinfo", "--noheader", "--nodes", node, "--format=%T"], timeout_s=20.0).stdout
         except SchedulerError:
             return False
-        return any(_IS_DOWN.match(word) for word in state.split())
+        return any(IS_DOWN.match(word) for word in state.split())
 
     def _ask(self, command: list[str]) -> None:
         """Ask for something that Slurm may decline.

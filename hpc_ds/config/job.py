@@ -80,6 +80,17 @@ def _one_line(text: str) -> str:
     return text
 
 
+def without_nul(words: list[str] | None) -> list[str] | None:
+    """Refuse words that no program can be given.
+
+    Raises:
+        ValueError: one has a NUL character.
+    """
+    if any("\0" in word for word in words or ()):
+        raise ValueError("has a NUL character; no program can be given one")
+    return words
+
+
 Line = Annotated[str, AfterValidator(_one_line)]
 Positive = Annotated[int, Field(ge=1)]
 Minutes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -201,6 +212,10 @@ class JobConfig(Model):
     restart: Restart = Field(default_factory=Restart)
     launcher: Literal["srun"] = "srun"
     steps: Positive | None = Field(None, description="how many steps the run takes in all; for the ETA only")
+    parameters: Annotated[int, Field(ge=1, le=10**18)] | None = Field(
+        None, description="trainable parameters of the model; for the memory in the plan only"
+    )
+    inputs: list[Line] = Field(default_factory=list, description="files and folders that must be there at submit")
 
     @field_validator("name")
     @classmethod
@@ -214,9 +229,7 @@ class JobConfig(Model):
     @field_validator("args", "command")
     @classmethod
     def _no_nul(cls, words: list[str] | None) -> list[str] | None:
-        if any("\0" in word for word in words or ()):
-            raise ValueError("has a NUL character; no program can be given one")
-        return words
+        return without_nul(words)
 
     @field_validator("env")
     @classmethod

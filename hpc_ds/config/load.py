@@ -228,6 +228,9 @@ def _absolute_paths(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
     for key in ("script", "training", "workdir", "templates"):
         if isinstance(data.get(key), str):
             data[key] = _absolute(base, data[key], key)
+    if isinstance(data.get("inputs"), list):
+        paths = data["inputs"]
+        data["inputs"] = [_absolute(base, path, "inputs") if isinstance(path, str) else path for path in paths]
     for section, key in (("checkpoint", "dir"), ("runtime", "path")):
         if isinstance(data.get(section), dict) and isinstance(data[section].get(key), str):
             data[section] = {**data[section], key: _absolute(base, data[section][key], f"{section}.{key}")}

@@ -7,48 +7,137 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.cluster.connect import scheduler_named
+from hpc_ds.cluster.precheck import Answer, ask
 from hpc_ds.cluster.shell import run as run_program
 from hpc_ds.config.load import resolved
-from hpc_ds.errors import CommandError, RunError, SchedulerError, SubmitError
+from hpc_ds.config.paths import check_paths
+from hpc_ds.errors import CommandError, HpcdsError, RunError, SchedulerError, SubmitError
 from hpc_ds.run_dir import RunDir, as_text, read_object, write_atomic, write_json
+from hpc_ds.script.plan import Plan, plan_of
 from hpc_ds.script.render import environment_file, render
+from hpc_ds.script.waiting import Wait, dependency, redirect, write_waits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
     from hpc_ds.config.job import JobConfig
     from hpc_ds.config.site import SiteConfig
 
 
-def preview(job: JobConfig, site: SiteConfig, runs: Path) -> str:
-    """The script that ``submit`` would hand to the scheduler; nothing is made."""
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A job that is queued.
+
+    Attributes:
+        run: its folder.
+        job_id: the scheduler's.
+        warnings: what is worth a look.
+    """
+
+    run: RunDir
+    job_id: str
+    warnings: list[str]
+
+
+def preview(job: JobConfig, site: SiteConfig, runs: Path, *, check: bool = True) -> tuple[str, Plan]:
+    """The script that ``submit`` would hand to the scheduler, and the plan; nothing is made.
+
+    Raises:
+        ConfigError: the job does not fit the site, or names files that are not there.
+        SubmitError: the scheduler says that it could never start.
+    """
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return render(job, site, RunDir(runs.resolve() / f"{job.name}-{stamp}"))
+    text = render(job, site, RunDir(runs.resolve() / f"{job.name}-{stamp}"))
+    if not check:
+        return text, plan_of(job, site)
+    check_paths(job)
+    plan_of(job, site)  # refuses what the site would: no reason to ask Slurm
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "script.sbatch"
+        script.write_text(text, encoding="utf-8")
+        return text, plan_of(job, site, ask_scheduler(script, job, site))
 
 
-def submit(job: JobConfig, site: SiteConfig, runs: Path) -> tuple[RunDir, str]:
-    """Make the run folder and queue its job; returns both.
+def submit(
+    job: JobConfig, site: SiteConfig, runs: Path, *, waits: Sequence[Wait] = (), check: bool = True
+) -> Submitted:
+    """Make the run folder and queue its job.
+
+    Args:
+        job: what is asked for.
+        site: where.
+        runs: where the run folder is made.
+        waits: other runs that must be over first.
+        check: first hold it against the site's limits, its files, and what the scheduler says of it.
 
     Raises:
         ConfigError: the job does not fit the site or this shell.
         RunError: no folder can be made in ``runs``.
         SubmitError: the scheduler refused the job. The folder is removed again.
     """
+    plan = plan_of(job, site)
+    if check:
+        check_paths(job)
     run = prepare(job, site, runs)
     try:
-        job_id = queue(run, site)
+        if check:
+            plan = plan_of(job, site, ask_scheduler(run.script, job, site))
+        if waits:
+            write_waits(run, waits)
+        job_id = queue(run, site, dependency(waits))
     except SubmitError:
         shutil.rmtree(run.root, ignore_errors=True)
         raise
     except SchedulerError as error:  # the job may be queued, and would need its folder
         raise SchedulerError(f"{error}; its run folder {str(run.root)!r} is kept") from error
     run.remember()
-    return run, job_id
+    return Submitted(run, job_id, [*plan.warnings, *_unverified(plan)])
+
+
+def submit_chain(
+    jobs: Sequence[tuple[JobConfig, SiteConfig]], runs: Path, *, waits: Sequence[Wait] = (), check: bool = True
+) -> list[Submitted]:
+    """Queue jobs that start one after the other, each when the one before has finished. All are checked first.
+
+    Raises:
+        ConfigError, RunError, SubmitError: see ``submit``. What was queued by then is cancelled again.
+    """
+    if check:
+        for job, site in jobs:
+            preview(job, site, runs)
+    done: list[Submitted] = []
+    for job, site in jobs:
+        before = [Wait(done[-1].run.root, done[-1].job_id, "ok")] if done else waits
+        try:
+            done.append(submit(job, site, runs, waits=before, check=False))
+        except HpcdsError:
+            for one in reversed(done):
+                scheduler_named(site.scheduler, one.run).cancel(one.job_id)
+            raise
+    return done
+
+
+def ask_scheduler(script: Path, job: JobConfig, site: SiteConfig) -> Answer:
+    """What the scheduler says of a script that is not queued yet.
+
+    Raises:
+        SubmitError: the job could never start, or would be refused.
+    """
+    if site.scheduler != "slurm":
+        return Answer()
+    return ask(script, job.resources.nodes, job.resources.partition)
+
+
+def _unverified(plan: Plan) -> list[str]:
+    names = ", ".join(plan.unverified)
+    return [f"site {plan.site}: not verified: {names}; look whether they are so"] if names else []
 
 
 def prepare(job: JobConfig, site: SiteConfig, runs: Path) -> RunDir:
@@ -75,10 +164,16 @@ def prepare(job: JobConfig, site: SiteConfig, runs: Path) -> RunDir:
     return run
 
 
-def queue(run: RunDir, site: SiteConfig) -> str:
-    """Hand the script of a run to its scheduler and write down the job id; also for a run that goes on."""
-    job_id = scheduler_named(site.scheduler, run).submit(run)
+def queue(run: RunDir, site: SiteConfig, after: str | None = None) -> str:
+    """Hand the script of a run to its scheduler and write down the job id; also for a run that goes on.
+
+    ``after`` is what it waits for, in Slurm's words.
+    """
+    scheduler = scheduler_named(site.scheduler, run)
+    before = str(read_object(run.job).get("job_id", ""))
+    job_id = scheduler.submit(run, after)
     note_job(run, site, job_id)
+    redirect(run, before, job_id, scheduler)
     return job_id
 
 

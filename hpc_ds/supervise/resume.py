@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from hpc_ds.cluster.connect import scheduler_named
 from hpc_ds.config.load import build_job, load_resolved, load_site, read_json
+from hpc_ds.config.paths import check_paths
+from hpc_ds.config.site_rules import check_job
 from hpc_ds.errors import RunError, SchedulerError, SubmitError
 from hpc_ds.run_dir import read_object
-from hpc_ds.script.submit import changed_files, queue, reconfigure
+from hpc_ds.script.submit import ask_scheduler, changed_files, queue, reconfigure
 from hpc_ds.supervise.ledger import read_ledger
 from hpc_ds.supervise.policy import excluded_nodes
 
@@ -78,12 +80,15 @@ def _resume_changed(
             raise RunError(f"--set {override!r}: a run keeps its {key}; submit a new run instead", value=override)
     data = read_json(run.config, "run config")
     job = build_job(data, overrides, file=str(run.config), base=run.root)
+    check_paths(job)
+    check_job(job, site)
     texts = changed_files(run, job, site)
     scheduler, job_id, state = old
     if state is not None and state.active and site.scheduler == "slurm":
         _end_waiting(scheduler, job_id)
     undo = reconfigure(run, texts, len(read_ledger(run)) + 1)
     try:
+        ask_scheduler(run.script, job, site)
         return _queue(run, site)
     except SubmitError:
         undo()

@@ -25,6 +25,7 @@ from hpc_ds.launch.node_list import expand
 from hpc_ds.launch.srun import SrunRunner, components_of, site_options, srun_command
 from hpc_ds.run_dir import read_object
 from hpc_ds.script.submit import note_job
+from hpc_ds.script.waiting import redirect
 from hpc_ds.supervise.ledger import Attempt, close_attempt, open_attempt, outcome, read_ledger
 from hpc_ds.supervise.policy import Ended, action_after, cause_of, excluded_nodes
 from hpc_ds.supervise.progress import Progress
@@ -243,6 +244,8 @@ class Supervisor:
             close_attempt(self._run, attempt.number, action="leave", detail=f"{attempt.detail}; but: {why}")
             return
         note_job(self._run, self._site, job_id)
+        for problem in redirect(self._run, self._job_id, job_id, self._scheduler):
+            say(problem)
         close_attempt(self._run, attempt.number, action="successor", detail=f"{attempt.detail}; as job {job_id}")
         say(f"successor: job {job_id} goes on when this one has ended")
 

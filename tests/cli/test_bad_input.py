@@ -59,6 +59,8 @@ BAD: dict[tuple[str, ...], tuple[int, str]] = {
         "env_from 'NOT_THERE': not set in this shell",
     ),
     ("submit", "job.json", "--runs", "train.py", *SLURM): (2, "runs folder 'train.py': no run can be made in it"),
+    ("submit", "job.json", "--set", 'inputs=["none"]', *SLURM): (2, "inputs '"),
+    ("submit", "job.json", "--set", "workdir=none", *SLURM, "--dry-run"): (2, "workdir '"),
     ("submit", "job.json", *SLURM): (3, "sbatch: no such program on PATH; is this a machine of the cluster?"),
     ("submit", "job.json", *SLURM, "--json"): (3, "sbatch: no such program on PATH"),
     ("status", "gpt"): (2, "run 'gpt': neither a run folder nor the job id or name of a run in 'runs'; check it"),
@@ -281,6 +283,7 @@ def test_warnings_are_told_and_the_job_goes_on(runs: Runs) -> None:
 
 def test_a_dry_run_for_programs_is_json(runs: Runs) -> None:
     told = json.loads(runs.hpcds("submit", "job.json", *SLURM, "--dry-run", "--json").stdout)
-    assert set(told) == {"site", "script"}
+    assert set(told) == {"site", "script", "plan"}
+    assert (told["plan"]["nodes"], told["plan"]["world_size"], told["plan"]["hours"]) == (1, 1, None)
     assert told["script"].startswith("#!/bin/bash\n#SBATCH --job-name=gpt\n")
     assert not (runs.folder / "runs").exists()

@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fake_program(
         tmp_path / "bin",
         "sbatch",
-        f'printf "%s\\n" "$@" > {tmp_path}/called\nenv > {tmp_path}/environment\n'
+        f'[ "$1" = --test-only ] && exit 0\nprintf "%s\\n" "$@" > {tmp_path}/called\nenv > {tmp_path}/environment\n'
         f"echo x >> {count}\necho $((100 + $(wc -l < {count})))",
     )
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -49,13 +49,14 @@ def job_of(folder: Path, **data: Any) -> JobConfig:
 def test_everything_a_run_needs_is_in_its_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
     job = job_of(folder, env={"A": "1"}, env_from=["SECRET"])
-    run, job_id = submit(job, SLURM, folder / "runs")
-    assert job_id == "101"
+    done = submit(job, SLURM, folder / "runs")
+    run = done.run
+    assert (done.job_id, done.warnings) == ("101", [])
     assert (folder / "called").read_text() == f"--parsable\n{run.script}\n"
     assert load_resolved(run.config) == job
     assert load_site(str(run.site)) == SLURM
     without_stamp = re.compile(r"gpt-\d{8}-\d{6}")
-    previewed = preview(job, SLURM, folder / "runs")
+    previewed, _ = preview(job, SLURM, folder / "runs")
     assert without_stamp.sub("RUN", run.script.read_text()) == without_stamp.sub("RUN", previewed)
     assert run.env.read_text() == "export SECRET=hunter2\nexport A=1\n"
     assert stat.S_IMODE(run.env.stat().st_mode) == 0o600
@@ -67,7 +68,7 @@ def test_everything_a_run_needs_is_in_its_folder(folder: Path, monkeypatch: pyte
 
 def test_where_a_run_comes_from_is_written_down_without_a_secret(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
-    run, _ = submit(job_of(folder, env={"KEY": "sesame"}, env_from=["SECRET"]), SLURM, folder / "runs")
+    run = submit(job_of(folder, env={"KEY": "sesame"}, env_from=["SECRET"]), SLURM, folder / "runs").run
     written = read_object(run.provenance)
     assert written["environment"] == ["KEY", "SECRET"]
     assert (written["host"], written["python"]) == (platform.node(), sys.executable)
@@ -89,14 +90,14 @@ def test_an_enclosing_job_does_not_reach_the_new_one(folder: Path, monkeypatch: 
 
 
 def test_a_run_that_goes_on_remembers_its_earlier_jobs(folder: Path) -> None:
-    run, _ = submit(job_of(folder), SLURM, folder / "runs")
+    run = submit(job_of(folder), SLURM, folder / "runs").run
     assert [queue(run, SLURM), queue(run, SLURM)] == ["102", "103"]
     assert read_object(run.job)["job_id"] == "103"
     assert read_object(run.job)["earlier"] == ["101", "102"]
 
 
 def test_a_preview_makes_nothing(folder: Path) -> None:
-    text = preview(job_of(folder), SLURM, folder / "runs")
+    text, _ = preview(job_of(folder), SLURM, folder / "runs")
     assert text.startswith("#!/bin/bash\n#SBATCH --job-name=gpt\n")
     assert str(folder / "runs" / "gpt-") in text
     assert not (folder / "runs").exists()
@@ -165,7 +166,7 @@ def test_a_variable_of_bytes_that_are_no_text_is_taken_or_refused(
     """A variable is bytes; env.sh can hold them, but not as UTF-8."""
     monkeypatch.setenv("RAW", os.fsdecode(b"\xff"))
     try:
-        run, _ = submit(job_of(folder, env_from=["RAW"]), SLURM, folder / "runs")
+        run = submit(job_of(folder, env_from=["RAW"]), SLURM, folder / "runs").run
     except ConfigError:
         assert not (folder / "runs").exists()
     else:
@@ -175,7 +176,7 @@ def test_a_variable_of_bytes_that_are_no_text_is_taken_or_refused(
 def test_a_runs_folder_whose_name_is_no_text_is_taken_or_refused(folder: Path) -> None:
     runs = folder / os.fsdecode(b"r\xff")
     try:
-        run, _ = submit(job_of(folder), SLURM, runs)
+        run = submit(job_of(folder), SLURM, runs).run
     except ConfigError:
         assert not runs.exists() or list(runs.iterdir()) == []
     else:
@@ -197,11 +198,11 @@ def test_a_user_whom_no_password_file_knows_can_submit(folder: Path, monkeypatch
     monkeypatch.setattr("pwd.getpwuid", unknown)
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
-    run, _ = submit(job_of(folder), SLURM, folder / "runs")
+    run = submit(job_of(folder), SLURM, folder / "runs").run
     assert "user" in read_object(run.provenance)
 
 
 def test_json_in_the_folder_is_json(folder: Path) -> None:
-    run, _ = submit(job_of(folder, training={"gradient_clipping": 0.5}), SLURM, folder / "runs")
+    run = submit(job_of(folder, training={"gradient_clipping": 0.5}), SLURM, folder / "runs").run
     for path in run.root.glob("*.json"):
         assert isinstance(json.loads(path.read_text()), dict)

@@ -6,26 +6,19 @@ together, so a module of tests lets them all happen first (`live`) and then look
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from run_facts import attempts, processes_of, samples
 from whole_runs import Run, Runs
-
-from hpc_ds.run_dir import RunDir, read_object
-from hpc_ds.supervise.ledger import read_ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from slurm_cluster import SlurmCluster
-
-    from hpc_ds.supervise.ledger import Attempt
 
 PACED = Path(__file__).resolve().parent.parent / "paced.py"
 STEPS = 40
@@ -137,82 +130,7 @@ class Told:
         return Told({**self.futures, **later.futures})
 
 
-def attempts(run: Run) -> list[Attempt]:
-    """The ledger of a run."""
-    return read_ledger(RunDir(run.folder))
-
-
-def causes(run: Run) -> list[str | None]:
-    """Why the attempts of a run ended."""
-    return [attempt.cause for attempt in attempts(run)]
-
-
-def job_id_of(run: Run) -> str:
-    """The job that the run is now."""
-    return str(read_object(RunDir(run.folder).job).get("job_id") or run.job_id)
-
-
-def samples(run: Run) -> dict[int, list[int]]:
-    """Step -> the samples that all ranks trained in it, in the attempt that took it last."""
-    lines = [line for path in sorted(run.folder.glob("samples-*.jsonl")) for line in run.lines(path.name)]
-    last: dict[int, int] = {}
-    for line in lines:
-        last[line["step"]] = max(last.get(line["step"], 0), line["attempt"])
-    found: dict[int, list[int]] = {step: [] for step in sorted(last)}
-    for line in lines:
-        if line["attempt"] == last[line["step"]]:
-            found[line["step"]] += line["samples"]
-    return found
-
-
-def taken_again(run: Run) -> list[int]:
-    """The steps that were taken more than once."""
-    counts = Counter(event["step"] for event in run.steps())
-    return sorted(step for step, count in counts.items() if count > 1)
-
-
 def assert_undisturbed(run: Run, undisturbed: Run) -> None:
     """The finished run is, to the bit, the one that was left alone, and each of its samples counted once."""
     assert run.losses() == undisturbed.losses(), run.story()
     assert samples(run) == samples(undisturbed)
-
-
-def read_process(pid: int, name: str) -> bytes:
-    """One file of a process; empty when it has ended."""
-    try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
-    except OSError:
-        return b""
-
-
-def environ_of(pid: int) -> dict[str, str]:
-    """The environment that a process was started with."""
-    entries = read_process(pid, "environ").decode(errors="replace").split("\0")
-    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
-
-
-def processes_of(run: Run) -> list[int]:
-    """Every live process of a run: its script, its supervisor, srun, its ranks, and what they started."""
-    mark, folder = f"HPCDS_RUN_DIR={run.folder}\0".encode(), str(run.folder).encode()
-    found = []
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            pid = int(entry.name)
-            state = read_process(pid, "stat").rpartition(b") ")[2][:1]
-            named = folder in read_process(pid, "cmdline") and b"supervise" in read_process(pid, "cmdline")
-            if state not in {b"Z", b""} and (named or mark in read_process(pid, "environ")):
-                found.append(pid)
-    return found
-
-
-def ranks_of(run: Run) -> dict[int, int]:
-    """Rank -> process, of the ranks that live now."""
-    found = {}
-    for pid in processes_of(run):
-        command = read_process(pid, "cmdline")
-        if command.startswith(os.fsencode(sys.executable)) and b"supervise" not in command:
-            rank = environ_of(pid).get("SLURM_PROCID")
-            parent = int(read_process(pid, "stat").rpartition(b") ")[2].split()[1] or 0)
-            if rank is not None and environ_of(parent).get("SLURM_PROCID") != rank:
-                found[int(rank)] = pid
-    return found

@@ -8,19 +8,8 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from lives import (
-    PACE,
-    PACED,
-    Life,
-    Told,
-    assert_undisturbed,
-    attempts,
-    causes,
-    job_id_of,
-    live,
-    ranks_of,
-    taken_again,
-)
+from lives import PACE, PACED, Life, Told, assert_undisturbed, live
+from run_facts import attempts, causes, job_id_of, ranks_of, taken_again
 from whole_runs import Run
 
 from hpc_ds.config.load import build_job, load_site

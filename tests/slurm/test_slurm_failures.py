@@ -8,20 +8,8 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from lives import (
-    SLOW_FROM,
-    Life,
-    Told,
-    assert_undisturbed,
-    attempts,
-    causes,
-    environ_of,
-    live,
-    processes_of,
-    ranks_of,
-    read_process,
-    taken_again,
-)
+from lives import SLOW_FROM, Life, Told, assert_undisturbed, live
+from run_facts import attempts, causes, environ_of, processes_of, ranks_of, read_process, taken_again
 
 from hpc_ds.launch.node_list import expand
 

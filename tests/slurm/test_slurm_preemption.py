@@ -11,15 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
-from lives import (
-    Life,
-    Told,
-    assert_undisturbed,
-    attempts,
-    causes,
-    live,
-    taken_again,
-)
+from lives import Life, Told, assert_undisturbed, live
+from run_facts import attempts, causes, taken_again
 
 if TYPE_CHECKING:
     from pathlib import Path

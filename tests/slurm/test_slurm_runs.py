@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from lives import causes, processes_of, taken_again
+from run_facts import causes, processes_of, taken_again
 from whole_runs import GPT, SMALL, Run, Runs
 
 if TYPE_CHECKING:
