@@ -207,6 +207,7 @@ class JobConfig(Model):
     env_from: list[str] = Field(default_factory=list, description="variables taken from the submitting shell")
     setup: list[str] = Field(default_factory=list, description="shell lines before the ranks start")
     runtime: Runtime = Field(default_factory=Runtime)
+    templates: Line | None = Field(None, description="folder whose templates come before the shipped ones")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     restart: Restart = Field(default_factory=Restart)
     launcher: Literal["srun"] = "srun"
