@@ -207,6 +207,7 @@ class JobConfig(Model):
     env_from: list[str] = Field(default_factory=list, description="variables taken from the submitting shell")
     setup: list[str] = Field(default_factory=list, description="shell lines before the ranks start")
     runtime: Runtime = Field(default_factory=Runtime)
+    templates: Line | None = Field(None, description="folder whose templates come before the shipped ones")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     restart: Restart = Field(default_factory=Restart)
     launcher: Literal["srun"] = "srun"
@@ -214,6 +215,7 @@ class JobConfig(Model):
     parameters: Annotated[int, Field(ge=1, le=10**18)] | None = Field(
         None, description="trainable parameters of the model; for the memory in the plan only"
     )
+    snapshot: bool = Field(default=False, description="run from a copy of the files that git tracks")
     inputs: list[Line] = Field(default_factory=list, description="files and folders that must be there at submit")
 
     @field_validator("name")

@@ -225,7 +225,7 @@ def clusters() -> dict[str, Detect]:
 
 def _absolute_paths(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
     data = dict(data)
-    for key in ("script", "training", "workdir"):
+    for key in ("script", "training", "workdir", "templates"):
         if isinstance(data.get(key), str):
             data[key] = _absolute(base, data[key], key)
     if isinstance(data.get("inputs"), list):
@@ -267,7 +267,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 _TEXT_KEYS = {
-    "name", "script", "site", "launcher", "restart.signal", "checkpoint.dir", "runtime.kind", "runtime.path",
+    "name", "script", "site", "launcher", "templates", "restart.signal", "checkpoint.dir", "runtime.kind", "runtime.path",
     *(f"resources.{key}" for key in ("mem", "time", "partition", "account", "qos", "constraint")),
 }  # fmt: skip
 

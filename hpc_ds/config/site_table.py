@@ -66,7 +66,34 @@ for one partition or QOS in `partitions` and `qos`, where they come first.
 """
 
 _TAIL = """
-## What becomes of them
+## Templates
+
+A job script is made from the template that the site names, by jinja2. A folder of templates of your own comes before the
+shipped ones: `templates` in job.json (`"templates": "my_templates"`), then `~/.config/hpcds/templates/`. A file there with the
+name of a shipped one takes its place; a site file may name another in `template`. It is best made of the shipped parts:
+
+```
+{% import "parts.sh.j2" as parts with context %}
+#!/bin/bash
+{{ parts.sbatch() -}}
+export SLURM_EXPORT_ENV=ALL
+{{ parts.environment() -}}
+echo "on the batch host, before any module, in:" {{ workdir }}
+{{ parts.prepare() -}}
+{{ parts.supervise() -}}
+```
+
+| value | what it is |
+|---|---|
+| `options` | name -> value of every sbatch option; none: one without a value |
+| `modules`, `setup` | of site and job |
+| `env_file`, `workdir`, `run_dir`, `python` | paths |
+| `time_limit_s`, `lead_s`, `signal`, `grace_s`, `kill_wait_s` | of site `local`, whose keeper reads them from the script |
+
+Whatever a template prints is quoted for the shell, however it was put together, so that no name, path or value can be run;
+only `setup` lines are shell already. A value that there is not is an error that names file and line.
+
+## What becomes of the fields
 
 - *Limits* (`walltime`, `max_nodes`, ..., `account`, `memory`, `sbatch_ntasks`): a job beyond them is refused at submit.
   Where several partitions are asked for, the first that the file knows counts.

@@ -1,15 +1,19 @@
 """From a job, a site and a run folder to the text of the job script. The only file that knows jinja2.
 
 Every ``{{ value }}`` of a template is quoted for the shell by the environment itself (``finalize``), so no template
-can forget to; text that is meant as shell, such as a user's setup lines, is marked ``Raw`` here.
+can forget to, and no filter takes it back. Text that is meant as shell, such as a user's setup lines, is marked ``Raw``
+here; so is what a macro or block returns, in which every value was quoted already. Raw text that is joined to other text is
+an ordinary value again, and quoted.
 """
 
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from jinja2.runtime import BlockReference, Context, Macro
 
 from hpc_ds.config.job import lead_s, python_of, time_limit_s
 from hpc_ds.config.load import own_folder
@@ -19,8 +23,6 @@ from hpc_ds.script.options import sbatch_options
 from hpc_ds.shipped import shipped
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from hpc_ds.config.job import JobConfig
     from hpc_ds.config.site import SiteConfig
     from hpc_ds.run_dir import RunDir
@@ -31,10 +33,28 @@ class Raw(str):
 
     __slots__ = ()
 
+    def __html__(self) -> str:
+        """The text itself: a template that asks for HTML's escapes gets none, which would undo the quotes."""
+        return self
 
-def quoted(value: object) -> str:
+
+_FAILURES = (
+    jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, OSError,
+)  # fmt: skip
+
+
+class _Context(Context):
+    """Knows what was quoted already: the text of macros and blocks."""
+
+    def call(self, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: PYI063 - jinja2's own name
+        """Call a macro, or anything else that a template calls."""
+        said = super().call(__obj, *args, **kwargs)
+        return Raw(said) if isinstance(__obj, (Macro, BlockReference)) else said
+
+
+def quoted(value: object) -> Raw:
     """A value as one shell word; Raw text as it is."""
-    return value if isinstance(value, Raw) else shlex.quote(str(value))
+    return value if isinstance(value, Raw) else Raw(shlex.quote(str(value)))
 
 
 def render(job: JobConfig, site: SiteConfig, run: RunDir, templates: Path | None = None) -> str:
@@ -44,15 +64,16 @@ def render(job: JobConfig, site: SiteConfig, run: RunDir, templates: Path | None
         job: what is asked for.
         site: where; it names the template.
         run: the run folder, which need not be there yet.
-        templates: a folder whose templates come before the user's own and the shipped ones.
+        templates: a folder whose templates come before the job's, the user's own and the shipped ones.
 
     Raises:
+        ConfigError: the job does not fit the site, or its folder of templates is not there.
         SiteError: the site's template is missing, or asks for a value that there is not; file and line are named.
     """
-    environment = _environment(templates)
+    values, environment = _values(job, site, run), _environment(templates, job.templates)
     try:
-        return environment.get_template(site.template).render(_values(job, site, run))
-    except jinja2.TemplateError as error:
+        return environment.get_template(site.template).render(values)
+    except _FAILURES as error:
         raise _as_site_error(error, site) from None
 
 
@@ -64,13 +85,15 @@ def check_template(site: SiteConfig, templates: Path | None = None) -> None:
     """
     try:
         _environment(templates).get_template(site.template)
-    except jinja2.TemplateError as error:
+    except _FAILURES as error:
         raise _as_site_error(error, site) from None
 
 
-def _environment(templates: Path | None) -> jinja2.Environment:
-    folders = [templates, own_folder("templates"), shipped("templates")]
-    return jinja2.Environment(
+def _environment(templates: Path | None, of_job: str | None = None) -> jinja2.Environment:
+    if of_job is not None and not Path(of_job).is_dir():
+        raise ConfigError(f"templates {of_job!r}: no such folder; check the path", key="templates", value=of_job)
+    folders = [templates, of_job, own_folder("templates"), shipped("templates")]
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([str(folder) for folder in folders if folder is not None]),
         undefined=jinja2.StrictUndefined,
         finalize=quoted,
@@ -79,24 +102,27 @@ def _environment(templates: Path | None) -> jinja2.Environment:
         lstrip_blocks=True,
         autoescape=False,  # noqa: S701 - this is shell, not HTML: finalize quotes it
     )
+    environment.context_class = _Context
+    return environment
 
 
-def _as_site_error(error: jinja2.TemplateError, site: SiteConfig) -> SiteError:
+def _as_site_error(error: Exception, site: SiteConfig) -> SiteError:
     if isinstance(error, jinja2.TemplateNotFound):
         return SiteError(f"site {site.name!r}: template {error.name!r}: no such file; add it to templates/")
     file, line = _where(error)
     at = f"{site.template!r}" if file is None else f"{file!r}, line {line}"
-    return SiteError(f"site {site.name!r}: template {at}: {error.message}; mend the template", file=file)
+    words = " ".join(str(getattr(error, "message", None) or error).split()).rstrip(".")
+    return SiteError(f"site {site.name!r}: template {at}: {words}; mend the template", file=file)
 
 
-def _where(error: jinja2.TemplateError) -> tuple[str | None, int]:
+def _where(error: Exception) -> tuple[str | None, int]:
     """File and line of a template that an error comes from: of its syntax, or the innermost one that was running."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return error.filename, error.lineno
     found: tuple[str | None, int] = (None, 0)
     trace = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename.endswith(".j2"):
+        if "__jinja_exception__" in trace.tb_frame.f_globals:  # a frame that jinja2 has put there for a template
             found = (trace.tb_frame.f_code.co_filename, trace.tb_lineno)
         trace = trace.tb_next
     return found

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hpc_ds.config.job import JobConfig
 from hpc_ds.config.load import load_site
 from hpc_ds.config.model import check
+from hpc_ds.config.site import SiteConfig
 from hpc_ds.run_dir import RunDir
 from hpc_ds.script.render import environment_file, render
 
@@ -69,7 +70,8 @@ class Bench:
         self.record.mkdir(parents=True)
         self._root = root
 
-    def run(self, name: str, site: str, **data: Any) -> None:
+    def run(self, name: str, site: str | SiteConfig, prelude: str = "", **data: Any) -> None:
+        site = load_site(site) if isinstance(site, str) else site
         run = RunDir(self._root / "runs" / name)
         run.root.mkdir(parents=True)
         (self._root / "work" / name).mkdir(parents=True)
@@ -86,8 +88,8 @@ class Bench:
             },
             "job.json",
         )
-        run.env.write_bytes(environment_file(job, load_site(site), {}).encode())
-        run.script.write_bytes(render(job, load_site(site), run).encode())
+        run.env.write_bytes(f"{prelude}\n{environment_file(job, site, {})}".encode())
+        run.script.write_bytes(render(job, site, run).encode())
         ran = subprocess.run(
             ["/bin/bash", str(run.script)],
             cwd=self._root,
@@ -143,6 +145,66 @@ def test_setup_lines_are_run_as_shell_before_the_run(bench: Bench) -> None:
     bench.run("run", "slurm", env={"V0": "first"}, setup=lines)
     found = bench.environment()
     assert (found["SEEN"], found["F"], found["MORE"]) == (f"{bench.workdir} and first", "1", "a\nb")
+
+
+LINES = {name: value for name, value in NAMES.items() if value.isprintable() or name == "unicode"}
+
+
+def hostile_site(**data: Any) -> SiteConfig:
+    site: SiteConfig = check(SiteConfig, {"name": "s", "description": "d", "scheduler": "slurm", **data}, "site.json")
+    return site
+
+
+def test_hostile_variables_of_a_site_arrive_as_they_are(bench: Bench) -> None:
+    variables = {f"V{index}": value for index, value in enumerate(LINES.values())}
+    site = hostile_site(env=variables, interfaces=["$(touch hacked)", "b c"])
+    bench.run("run", site, env={"V0": "the job's"})
+    found = bench.environment()
+    assert {name: found.get(name) for name in variables} == {**variables, "V0": "the job's"}
+    assert found["NCCL_SOCKET_IFNAME"] == "$(touch hacked),b c"
+
+
+def test_hostile_modules_are_loaded_as_they_are(bench: Bench) -> None:
+    """``module`` is a function of the shell, here one that writes down what it was asked for."""
+    bench.run(
+        "run",
+        hostile_site(modules=[value for value in LINES.values() if value], setup=["export LOADED"]),
+        env={"BASH_ENV": ""},
+        prelude='module() { printf "%s\\0" "$@" > "$RECORD/modules"; }',
+    )
+    assert bench.recorded("modules") == ["load", *LINES.values()]
+
+
+def test_a_module_that_cannot_be_loaded_ends_the_job(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.root.mkdir()
+    job: JobConfig = check(JobConfig, {"command": ["true"], "workdir": str(tmp_path)}, "job.json")
+    run.env.write_text('module() { echo "no such module" >&2; return 3; }\n')
+    run.script.write_text(render(job, hostile_site(modules=["cuda"]), run))
+    ran = subprocess.run(["bash", str(run.script)], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (1, "no such module\n")
+
+
+def test_hostile_options_of_a_site_stay_on_their_lines(bench: Bench) -> None:
+    options = {f"x{chr(97 + index)}": value for index, value in enumerate(LINES.values())}
+    places = {"constraint": "'; touch hacked", "account": {"form": "$(touch hacked)"}}
+    bench.run("run", hostile_site(sbatch=options, notes=list(LINES.values()), **places))
+    assert bench.recorded("args")[-1] == str(bench.run_dir)
+
+
+def test_a_template_of_ones_own_quotes_what_it_prints(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "own.j2").write_text(
+        '{% import "parts.sh.j2" as parts with context %}\n#!/bin/bash\n{{ parts.sbatch() -}}\n'
+        "{{ parts.environment() -}}\n"
+        'printf "%s\\0" {% for value in options.values() if value %}{{ value }} {% endfor %}> "$RECORD/options"\n'
+        "{{ parts.prepare() -}}\n{{ parts.supervise() -}}\n"
+    )
+    hostile = {f"x{chr(97 + index)}": value for index, value in enumerate(LINES.values()) if value}
+    bench.run(
+        "a b; touch hacked", hostile_site(template="own.j2"), templates=str(tmp_path), resources={"sbatch": hostile}
+    )
+    assert bench.recorded("options")[-len(hostile) :] == list(hostile.values())
+    assert bench.recorded("args")[-1] == str(bench.run_dir)
 
 
 def test_a_workdir_that_is_gone_ends_the_job_before_it_starts(tmp_path: Path) -> None:

@@ -171,6 +171,106 @@ def test_a_bad_template_is_an_error_of_the_site(text: str, complaint: str, tmp_p
     assert complaint in str(caught.value)
 
 
+LINES = {
+    "one\ntwo {{ nodes }}\n": 2,
+    "one\n\n{{ options\n": 3,
+    "{% for x in [1] %}\n{{ 1 // 0 }}\n{% endfor %}": 2,
+    "one\n{{ options.items(1) }}": 2,
+    "{% macro m() %}\n{{ nodes }}\n{% endmacro %}\n\n{{ m() }}": 2,
+    "one\n{{ workdir | nofilter }}": 2,
+    "one\n{{ workdir.real.x }}": 2,
+}
+
+
+@pytest.mark.parametrize(("text", "line"), LINES.items())
+def test_file_and_line_of_a_mistake_are_named(text: str, line: int, tmp_path: Path) -> None:
+    (tmp_path / "own").write_text(text)
+    with pytest.raises(SiteError) as caught:
+        render(job_of(), site_of(template="own"), RUN, templates=tmp_path)
+    assert str(caught.value).startswith(f"site 's': template '{tmp_path}/own', line {line}: ")
+    assert str(caught.value).endswith("; mend the template")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_in_an_included_template_is_found_there(tmp_path: Path) -> None:
+    (tmp_path / "own.j2").write_text('{% include "inner.j2" %}')
+    (tmp_path / "inner.j2").write_text("one\n{{ nodes }}")
+    with pytest.raises(SiteError, match=r"template '.*/inner.j2', line 2: 'nodes' is undefined; mend the template"):
+        render(job_of(), site_of(template="own.j2"), RUN, templates=tmp_path)
+
+
+def test_a_template_that_never_ends_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "own.j2").write_text('{% include "own.j2" %}')
+    with pytest.raises(SiteError, match="mend the template"):
+        render(job_of(), site_of(template="own.j2"), RUN, templates=tmp_path)
+
+
+def test_a_template_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "own.j2").write_bytes(b"\xff\xfe")
+    with pytest.raises(SiteError, match=r"template 'own.j2': .*decode.*; mend the template"):
+        render(job_of(), site_of(template="own.j2"), RUN, templates=tmp_path)
+
+
+def test_the_folder_of_the_job_comes_before_that_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    of_user, of_job = tmp_path / ".config" / "hpcds" / "templates", tmp_path / "of job"
+    for folder in (of_user, of_job):
+        folder.mkdir(parents=True)
+    (of_user / "slurm.sbatch.j2").write_text("user")
+    (of_user / "local.sh.j2").write_text("user, local")
+    assert render(job_of(), load_site("slurm"), RUN) == "user"
+    (of_job / "slurm.sbatch.j2").write_text("job")
+    job = job_of(templates=str(of_job))
+    assert render(job, load_site("slurm"), RUN) == "job"
+    assert render(job, load_site("local"), RUN) == "user, local"
+    with pytest.raises(ConfigError, match=r"templates '/nowhere': no such folder; check the path"):
+        render(job_of(templates="/nowhere"), load_site("slurm"), RUN)
+
+
+PARTS = """\
+{% import "parts.sh.j2" as parts with context %}
+#!/bin/bash
+{{ parts.sbatch() -}}
+{{ parts.environment() -}}
+echo {{ "of my own: " ~ workdir }}
+{{ parts.prepare() -}}
+{{ parts.supervise() -}}
+"""
+
+
+def test_a_template_of_ones_own_is_made_of_the_parts(tmp_path: Path) -> None:
+    (tmp_path / "own.j2").write_text(PARTS)
+    text = render(FULL, site_of(template="own.j2", modules=["a b", "c"]), RUN, templates=tmp_path)
+    assert options_of(text) == options_of(render(FULL, load_site("slurm"), RUN))
+    lines = text.splitlines()
+    assert "echo 'of my own: /home/ada/gpt'" in lines
+    assert "module load 'a b' c || exit 1" in lines
+    assert text.endswith(f"-m hpc_ds supervise {RUN.root}\n")
+
+
+# Nothing in a template takes the quotes away: text -> what is printed of the workdir "a; b".
+ATTEMPTS = {
+    "{{ workdir }}": "'a; b'",
+    "{{ workdir | safe }}": "'a; b'",
+    "{{ workdir ~ '/c' }}": "'a; b/c'",
+    "{{ [workdir, 'c'] | join(' ') }}": "'a; b c'",
+    "{{ '%s' | format(workdir) }}": "'a; b'",
+    "{% autoescape true %}{{ workdir }}{% endautoescape %}": "'a; b'",
+    "{% set x = workdir %}{{ x }}": "'a; b'",
+    "{% macro m(x) %}{{ x }}{% endmacro %}{{ m(workdir) }}": "'a; b'",
+    "{% macro m(x) %}{{ caller() }}{{ x }}{% endmacro %}{% call m('c') %}{{ workdir }}{% endcall %}": "'a; b'c",
+    "{% block x %}{{ workdir }}{% endblock %} {{ self.x() }}": "'a; b' 'a; b'",
+    "{% macro m() %}-{% endmacro %}{{ m() ~ workdir }}": "'-a; b'",
+    "{% set x %}{{ workdir }}{% endset %}{{ x }}": "''\"'\"'a; b'\"'\"''",
+}
+
+
+@pytest.mark.parametrize(("text", "printed"), ATTEMPTS.items())
+def test_no_template_can_forget_to_quote(text: str, printed: str, tmp_path: Path) -> None:
+    (tmp_path / "own.j2").write_text(text)
+    assert render(job_of(workdir="a; b"), site_of(template="own.j2"), RUN, templates=tmp_path) == printed
+
+
 def test_a_template_that_is_not_there_is_named() -> None:
     with pytest.raises(SiteError, match=r"site 's': template 'none.j2': no such file; add it to templates/"):
         render(job_of(), site_of(template="none.j2"), RUN)
