@@ -83,6 +83,7 @@ DOORS = {
         "cluster/local_keeper.py",  # the job script
         "launch/local.py",  # the ranks
         "launch/srun.py",  # the step
+        "cluster/hook.py",  # a user's command, beside what follows an attempt
     },
     "pydantic": {"config/"},
     "pydantic_core": {"config/"},

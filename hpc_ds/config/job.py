@@ -18,6 +18,7 @@ from hpc_ds.errors import ConfigError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]{0,99}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
+_URL = re.compile(r"https?://[^\s/?#]+[^\s]*", re.ASCII)
 _LONGEST_AUTO_LEAD_S, _SHORTEST_AUTO_LEAD_S, _AUTO_LEAD_SHARE = 180, 30, 0.1
 
 
@@ -192,6 +193,27 @@ class Restart(Model):
     )
 
 
+class Notify(Model):
+    """Whom to tell when an attempt ends. A hook that fails, hangs or is missing never hurts the run."""
+
+    command: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="program and arguments, run on the batch host; it reads the event as JSON from its input"
+    )
+    url: Line | None = Field(None, description="where the event is sent by POST, as JSON; http or https")
+
+    @field_validator("command")
+    @classmethod
+    def _no_nul(cls, words: list[str] | None) -> list[str] | None:
+        return without_nul(words)
+
+    @field_validator("url")
+    @classmethod
+    def _web_address(cls, url: str | None) -> str | None:
+        if url is not None and not _URL.fullmatch(url):
+            raise ValueError("not a web address; write https://host/path without blanks")
+        return url
+
+
 class JobConfig(Model):
     """One job, as a user asks for it."""
 
@@ -216,6 +238,7 @@ class JobConfig(Model):
         None, description="trainable parameters of the model; for the memory in the plan only"
     )
     snapshot: bool = Field(default=False, description="run from a copy of the files that git tracks")
+    notify: Notify = Field(default_factory=Notify)
     inputs: list[Line] = Field(default_factory=list, description="files and folders that must be there at submit")
 
     @field_validator("name")

@@ -27,6 +27,7 @@ from hpc_ds.run_dir import read_object
 from hpc_ds.script.submit import note_job
 from hpc_ds.script.waiting import redirect
 from hpc_ds.supervise.ledger import Attempt, close_attempt, open_attempt, outcome, read_ledger
+from hpc_ds.supervise.notify import Notice
 from hpc_ds.supervise.policy import Ended, action_after, cause_of, excluded_nodes
 from hpc_ds.supervise.progress import Progress
 from hpc_ds.supervise.talk import Talk, say
@@ -106,7 +107,9 @@ class Supervisor:
 
         exit_code = self._run_ranks(runner, watch, lambda: close(128 + signal.SIGKILL))
         closed, ended = close(exit_code)
+        notice = Notice(self._run, self._job, closed)
         self._act(closed, ended)
+        notice.finish()
         return 0 if closed.cause == "finished" else exit_code
 
     def _refuse_a_second_job(self, earlier: list[Attempt]) -> None:

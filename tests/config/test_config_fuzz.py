@@ -137,5 +137,5 @@ def test_any_training_config_is_explained_or_refused_in_one_sentence(data: dict[
 def test_the_fuzz_knows_the_keys() -> None:
     assert "nodes" in SECTIONS["resources"]
     assert "async" in SECTIONS["checkpoint"]
-    assert {"parameters", "inputs", "snapshot"} <= set(keys_of(JobConfig))
+    assert {"parameters", "inputs", "snapshot", "notify"} <= set(keys_of(JobConfig))
     assert {"stage", "device", "cpu_offload", "overlap_comm", "max_live_parameters"} <= set(BELOW["zero_optimization"])
