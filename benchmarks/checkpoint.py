@@ -186,11 +186,11 @@ class Training:
             dist.all_reduce(self._norm)
 
     def count_for(self, seconds: float) -> int:
-        """How many steps last that long, by rank 0's clock."""
+        """How many steps last that long, by rank 0's clock; the same on every rank."""
         self.steps(2)
-        took = torch.tensor([timed(lambda: self.steps(4)) / 4])
-        dist.broadcast(took, 0)
-        return max(1, round(seconds / float(took)))
+        count = torch.tensor([max(1, round(4 * seconds / timed(lambda: self.steps(4))))])
+        dist.broadcast(count, 0)
+        return int(count)
 
 
 class DeepSpeed:

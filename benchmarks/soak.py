@@ -57,7 +57,7 @@ OPTIONS = {
     "checkpoint.every_steps": 4,
     "restart.max_crashes": 1000,
     "restart.max_hangs": 1000,
-    "restart.hang_minutes": 0.5,
+    "restart.hang_minutes": 1,
 }
 CAUSES = {
     "preempt": "preempted",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_ds.config.job import lead_s, time_limit_s
 from hpc_ds.config.load import in_words
 from hpc_ds.config.memory import STAGES, memory_of
-from hpc_ds.config.site_rules import check_job
+from hpc_ds.config.site_rules import check_job, fitted
 from hpc_ds.config.training import load_training, resolve_batch_sizes
 
 if TYPE_CHECKING:
@@ -81,7 +81,9 @@ class Plan:
         return asdict(self) | {"batch": sizes, "memory": {str(stage): held for stage, held in self.memory.items()}}
 
 
-def plan_of(job: JobConfig, site: SiteConfig, answer: Answer | None = None, tasks: int = 1) -> Plan:
+def plan_of(
+    job: JobConfig, site: SiteConfig, answer: Answer | None = None, tasks: int = 1, *, check: bool = True
+) -> Plan:
     """The plan of a job.
 
     Args:
@@ -89,12 +91,13 @@ def plan_of(job: JobConfig, site: SiteConfig, answer: Answer | None = None, task
         site: where.
         answer: what the scheduler said when it was asked.
         tasks: how many of it a sweep has.
+        check: hold it against the site's limits.
 
     Raises:
         ConfigError: it can never start on this site.
     """
     resources, world_size = job.resources, job.resources.world_size
-    warnings = check_job(job, site)
+    warnings = check_job(job, site) if check else []
     gpus = resources.nodes * resources.gpus_per_node
     limit = None if resources.time is None else time_limit_s(resources.time)
     per_hour = float(gpus or resources.nodes)
@@ -116,7 +119,7 @@ def plan_of(job: JobConfig, site: SiteConfig, answer: Answer | None = None, task
         ranks_per_node=resources.ranks_per_node,
         world_size=world_size,
         gpus=gpus,
-        cpus_per_task=resources.cpus_per_task,
+        cpus_per_task=fitted(job, site).cpus_per_task,
         time_limit_s=limit,
         hours_unit="GPU-hours" if gpus else "node-hours",
         hours=None if limit is None else round(per_hour * limit / 3600 * tasks, 4),
@@ -130,7 +133,7 @@ def plan_of(job: JobConfig, site: SiteConfig, answer: Answer | None = None, task
         parameters=job.parameters,
         start=None if answer is None else answer.start,
         tasks=tasks,
-        unverified=list(getattr(site, "unverified", [])),
+        unverified=site.unverified,
         warnings=warnings,
     )
 

@@ -56,7 +56,7 @@ def preview(job: JobConfig, site: SiteConfig, runs: Path, *, check: bool = True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     text = render(job, site, RunDir(runs.resolve() / f"{job.name}-{stamp}"))
     if not check:
-        return text, plan_of(job, site)
+        return text, plan_of(job, site, check=False)
     check_paths(job)
     plan_of(job, site)  # refuses what the site would: no reason to ask Slurm
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +82,7 @@ def submit(
         RunError: no folder can be made in ``runs``.
         SubmitError: the scheduler refused the job. The folder is removed again.
     """
-    plan = plan_of(job, site)
+    plan = plan_of(job, site, check=check)
     if check:
         check_paths(job)
     run = prepare(job, site, runs)

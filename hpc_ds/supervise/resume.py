@@ -13,6 +13,7 @@ from hpc_ds.config.site_rules import check_job
 from hpc_ds.errors import RunError, SchedulerError, SubmitError
 from hpc_ds.run_dir import read_object
 from hpc_ds.script.submit import ask_scheduler, changed_files, queue, reconfigure
+from hpc_ds.script.waiting import dependency, read_waits
 from hpc_ds.supervise.ledger import read_ledger
 from hpc_ds.supervise.policy import excluded_nodes
 
@@ -60,10 +61,10 @@ def resume(run: RunDir, overrides: Sequence[str] = ()) -> str:
     return _queue(run, site)
 
 
-def _queue(run: RunDir, site: SiteConfig) -> str:
+def _queue(run: RunDir, site: SiteConfig, after: str | None = None) -> str:
     """Queue the run; the new job keeps off the nodes that failed its earlier ones, where enough others are left."""
     job = load_resolved(run.config)
-    job_id = queue(run, site)
+    job_id = queue(run, site, after)
     excluded = excluded_nodes(read_ledger(run), job.restart.max_excluded_nodes)
     if excluded and site.scheduler == "slurm":
         with contextlib.suppress(SchedulerError):
@@ -89,7 +90,8 @@ def _resume_changed(
     undo = reconfigure(run, texts, len(read_ledger(run)) + 1)
     try:
         ask_scheduler(run.script, job, site)
-        return _queue(run, site)
+        waits = state is not None and state.reason == "Dependency"  # for other runs, and goes on waiting
+        return _queue(run, site, dependency(read_waits(run)) if waits else None)
     except SubmitError:
         undo()
         raise

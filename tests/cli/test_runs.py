@@ -159,7 +159,7 @@ def test_watching_ends_with_the_last_run(runs: Runs) -> None:
 
 # Slurm played: squeue and scontrol say what the file "said" says; everything called is written down.
 PLAYED = {
-    "sbatch": "n=$(cat $here/count 2>/dev/null || echo 24); echo $((n + 1)) | tee $here/count",
+    "sbatch": "[ $1 = --test-only ] && exit 0; n=$(cat $here/count 2>/dev/null || echo 24); echo $((n + 1)) | tee $here/count",
     "squeue": "cat $here/queue",
     "scontrol": '[ "$1" = show ] && echo "JobId=$4 JobState=$(cat $here/said)"; true',
     "scancel": 'echo CANCELLED > $here/said; [ "$1" != 26 ] || { echo "scancel: error: Invalid job id 26" >&2; exit 1; }',

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PACED = Path(__file__).resolve().parent.parent / "paced.py"
 STEPS = 40
 SLOW_FROM = 10
-PACE = ("--steps", str(STEPS), "--slow-from", str(SLOW_FROM), "--slow-s", "0.5")
+PACE = ("--steps", str(STEPS), "--slow-from", str(SLOW_FROM), "--slow-s", "1")
 PATIENCE_S = 240.0
 """Of a loaded machine; nothing that goes well takes a quarter of it."""
 

@@ -34,7 +34,7 @@ def a_rank_out_of_memory(life: Life) -> Run:
 
 
 def a_rank_that_stands_still(life: Life) -> Run:
-    run = life.submit(*SAVING, "--set", "restart.hang_minutes=0.5")
+    run = life.submit(*SAVING, "--set", "restart.hang_minutes=1")
     life.wait_for_step(run)
     os.kill(ranks_of(run)[1], signal.SIGSTOP)
     return life.wait_until_over(run)

@@ -32,7 +32,7 @@ state = pathlib.Path(os.environ["HPCDS_RUN_DIR"]) / "state.json"
 step = json.loads(state.read_text()) if state.exists() else 0
 while step < 40:
     step += 1
-    time.sleep(0.5 if os.environ["HPCDS_ATTEMPT"] == "1" and step > 10 else 0.01)
+    time.sleep(1 if os.environ["HPCDS_ATTEMPT"] == "1" and step > 10 else 0.01)
     preemption.step(step, loss=1.0 / step)
     if preemption.requested():
         state.write_text(json.dumps(step))
