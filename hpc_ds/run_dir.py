@@ -7,6 +7,7 @@ RUNS/<name>-<stamp>/
     provenance.json      who, where, when, with which versions
     script.sbatch        what the scheduler was given
     env.sh               environment of the job, mode 0600
+    environment.toml     runtime edf: the container, with the mounts of the run
     after.json           what the run waited for when it was submitted
     dependents.jsonl     the runs that wait for this one
     job.json             the scheduler's job id; written again by ``resume``
@@ -44,6 +45,7 @@ class RunDir:
         self.provenance = root / "provenance.json"
         self.script = root / "script.sbatch"
         self.env = root / "env.sh"
+        self.environment_definition = root / "environment.toml"
         self.after = root / "after.json"
         self.dependents = root / "dependents.jsonl"
         self.job = root / "job.json"

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_ds.cluster.connect import scheduler_named
 from hpc_ds.cluster.process import node_name
-from hpc_ds.config.job import python_of
 from hpc_ds.config.load import load_resolved, load_site
 from hpc_ds.config.site_rules import fitted
 from hpc_ds.errors import NodeListError, RefusedError, RunError
+from hpc_ds.launch.container import prepare_container, rank_command
 from hpc_ds.launch.failure import Failure, first_failure
 from hpc_ds.launch.local import LocalRunner
 from hpc_ds.launch.node_list import expand
@@ -212,16 +212,12 @@ class Supervisor:
             "HPCDS_ATTEMPT": str(number),
             "HPCDS_DEADLINE": str(self._run.deadline),
         }
-        argv = self._argv()
+        prepare_container(job, self._run)
+        argv = rank_command(job, self._site, self._run)
         if self._site.scheduler == "local":
             return LocalRunner(argv, environ, job.resources.world_size, logs, self._run.local / "step.json")
         command = srun_command(argv, fitted(job, self._site), site_options(job, self._site), components_of(os.environ))
         return SrunRunner(command, environ, logs)
-
-    def _argv(self) -> list[str]:
-        if self._job.command is not None:
-            return [*self._job.command, *self._job.args]
-        return [python_of(self._job), "-u", str(self._job.script), *self._job.args]
 
     def _run_ranks(self, runner: Runner, watch: Watch, close_early: Callable[[], object]) -> int:
         try:
