@@ -20,6 +20,7 @@ from hpc_ds.errors import CommandError, NoAnswerError, NoProgramError, RefusedEr
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from hpc_ds.cluster.parse import Account
     from hpc_ds.cluster.scheduler import JobState
@@ -54,16 +55,24 @@ class Slurm:
         Raises:
             SubmitError: there is no sbatch, or it refused the job; its words are in the message.
         """
+        options = [f"--dependency={after if ':' in after else f'afterany:{after}'}"] if after else []
+        options += [f"--exclude={','.join(exclude)}"] if exclude else []
+        return self.submit_script(run.script, options, patient=bool(after) and ":" not in str(after))
+
+    def submit_script(self, script: Path, options: Sequence[str], *, patient: bool = False) -> str:
+        """Queue a job script with options of sbatch; who is ``patient`` asks again while slurmctld is away.
+
+        Raises:
+            SubmitError: there is no sbatch, or it refused the job; its words are in the message.
+        """
         try:
-            options = [f"--dependency={after if ':' in after else f'afterany:{after}'}"] if after else []
-            options += [f"--exclude={','.join(exclude)}"] if exclude else []
-            answer = self._shell(["sbatch", "--parsable", *options, str(run.script)], timeout_s=60.0)
+            answer = self._shell(["sbatch", "--parsable", *options, str(script)], timeout_s=60.0)
         except NoAnswerError as error:
             raise SchedulerError(f"{error}; the job may be queued all the same, look with squeue") from error
         except CommandError as error:
             if error.returncode is None:
                 raise SubmitError(str(error)) from error
-            if after and _FOR_NOW.search(error.stderr):
+            if patient and _FOR_NOW.search(error.stderr):
                 raise
             words = " ".join(error.stderr.replace("sbatch: error: ", "").split()) or "it said nothing"
             raise SubmitError(f"sbatch: refused the job: {words}; change the job or ask with --set") from error
