@@ -20,6 +20,8 @@ RUNS/<name>-<stamp>/
     deadline             seconds since the epoch at which ranks must begin to save, and at which the job ends
     rendezvous/          where rank 0 publishes its address
     local/               site local: state of the job, requests to its keeper
+
+A sweep is a folder of runs (sweep_dir.py).
 """
 
 from __future__ import annotations
@@ -30,9 +32,16 @@ import os
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpc_ds.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+SWEEP_FILE = "hpcds-sweep.json"
+"""The mark of a sweep's folder, and what its runs are."""
 
 
 class RunDir:
@@ -92,22 +101,14 @@ class RunDir:
         Raises:
             RunError: the folder cannot be made.
         """
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        if not str(runs.absolute()).isprintable():
-            raise RunError(f"runs folder {str(runs)!r}: has a character that no job script can hold; choose another")
-        try:
-            runs.mkdir(parents=True, exist_ok=True)
-            for count in range(1, 1000):
-                root = runs.resolve() / (f"{name}-{stamp}" if count == 1 else f"{name}-{stamp}-{count}")
-                with contextlib.suppress(FileExistsError):
-                    root.mkdir()
-                    run = cls(root)
-                    for folder in (run.logs, run.checkpoints, run.rendezvous):
-                        folder.mkdir()
-                    return run
-        except OSError as error:
-            raise RunError(f"runs folder {str(runs)!r}: no run can be made in it: {error}; choose another") from None
-        raise RunError(f"runs folder {str(runs)!r}: a thousand runs named {name} in one second; wait a moment")
+        run = cls(new_folder(runs, name))
+        run.make_folders()
+        return run
+
+    def make_folders(self) -> None:
+        """Make the folders that every run has."""
+        for folder in (self.logs, self.checkpoints, self.rendezvous):
+            folder.mkdir()
 
     @classmethod
     def open(cls, root: Path) -> RunDir:
@@ -134,8 +135,10 @@ class RunDir:
             RunError: no run is meant.
         """
         if os.sep in text or _is_run(Path(text)):
-            return cls.open(Path(text))
+            return cls.open(runs / text if _is_run(runs / text) and not _is_run(Path(text)) else Path(text))
         found = [run for run in _known_runs(runs) if text in run.names()]
+        if not found and is_sweep(runs / text):
+            raise RunError(f"run {text!r}: a sweep; name one of its runs, such as {text}/1", value=text)
         if not found:
             raise RunError(
                 f"run {text!r}: neither a run folder nor the job id or name of a run in {str(runs)!r}; check it",
@@ -151,16 +154,59 @@ class RunDir:
 
     def names(self) -> set[str]:
         """All that a user may call this run."""
-        job = read_object(self.job)
-        config = read_object(self.config)
-        return {self.root.name, str(job.get("job_id", "")), str(config.get("name", ""))} - {""}
+        job_id = str(read_object(self.job).get("job_id", ""))
+        if is_sweep(self.root.parent):
+            return {job_id} - {""}  # its number and its job's name are not its own
+        return {self.root.name, job_id, str(read_object(self.config).get("name", ""))} - {""}
+
+    @property
+    def label(self) -> str:
+        """What to call the run in a table."""
+        return f"{self.root.parent.name}/{self.root.name}" if is_sweep(self.root.parent) else self.root.name
 
     def remember(self) -> None:
         """Add this run to the user's list, so that ``find`` knows it from any folder."""
-        path = _index_path()
-        with contextlib.suppress(OSError):  # a convenience: a home that cannot be written must not stop a run
-            path.parent.mkdir(parents=True, exist_ok=True)
-            append_line(path, {"run": str(self.root)}, durable=False)
+        remember(self.root)
+
+
+def new_folder(runs: Path, name: str) -> Path:
+    """Make a new folder below ``runs``, named by name and time.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    if not str(runs.absolute()).isprintable():
+        raise RunError(f"runs folder {str(runs)!r}: has a character that no job script can hold; choose another")
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        for count in range(1, 1000):
+            root = runs.resolve() / (f"{name}-{stamp}" if count == 1 else f"{name}-{stamp}-{count}")
+            with contextlib.suppress(FileExistsError):
+                root.mkdir()
+                return root
+    except OSError as error:
+        raise RunError(f"runs folder {str(runs)!r}: no run can be made in it: {error}; choose another") from None
+    raise RunError(f"runs folder {str(runs)!r}: a thousand runs named {name} in one second; wait a moment")
+
+
+def remember(root: Path) -> None:
+    """Add the folder of a run or a sweep to the user's list."""
+    path = _index_path()
+    with contextlib.suppress(OSError):  # a convenience: a home that cannot be written must not stop a run
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append_line(path, {"run": str(root)}, durable=False)
+
+
+def is_sweep(root: Path) -> bool:
+    """Whether a folder is that of a sweep."""
+    return _exists(root / SWEEP_FILE)
+
+
+def runs_in(sweep: Path) -> list[RunDir]:
+    """The runs of a sweep, in the order of their numbers."""
+    numbers = sorted(int(path.name) for path in sweep.iterdir() if path.name.isdigit())
+    return [RunDir(sweep / str(number)) for number in numbers]
 
 
 def _exists(path: Path) -> bool:
@@ -180,29 +226,41 @@ def _index_path() -> Path:
 
 
 def _beside(runs: Path) -> list[RunDir]:
-    return [RunDir(root) for root in sorted(runs.resolve().iterdir())] if runs.is_dir() else []
+    return _expanded(sorted(runs.resolve().iterdir())) if runs.is_dir() else []
+
+
+def _expanded(roots: Iterable[Path]) -> list[RunDir]:
+    """Runs; in the place of a sweep, all of its runs."""
+    return [run for root in roots for run in (runs_in(root) if is_sweep(root) else [RunDir(root)])]
+
+
+def known_roots(runs: Path) -> list[Path]:
+    """Folders of runs and sweeps: those in ``runs``, then those that this user submitted from this machine's home."""
+    here = sorted(runs.resolve().iterdir()) if runs.is_dir() else []
+    remembered = [Path(line["run"]) for line in read_lines(_index_path()) if isinstance(line.get("run"), str)]
+    return list(dict.fromkeys([*here, *remembered]))
 
 
 def _known_runs(runs: Path) -> list[RunDir]:
-    remembered = [Path(line["run"]) for line in read_lines(_index_path()) if isinstance(line.get("run"), str)]
-    roots = dict.fromkeys([*(run.root for run in _beside(runs)), *remembered])
-    return [RunDir(root) for root in roots if _is_run(root)]
+    return [run for run in _expanded(known_roots(runs)) if _is_run(run.root)]
 
 
-def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
-    """Replace a file as a whole: a reader sees the old text or the new one, also after a crash."""
+def write_atomic(path: Path, text: str, mode: int = 0o644, *, durable: bool = True) -> None:
+    """Replace a file as a whole: a reader sees the old text or the new one, also (if ``durable``) after a crash."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    if durable:
+        fsync_folder(path.parent)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -214,9 +272,9 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, data: Any, mode: int = 0o644) -> None:
+def write_json(path: Path, data: Any, mode: int = 0o644, *, durable: bool = True) -> None:
     """Replace a file by ``data`` as indented JSON."""
-    write_atomic(path, as_text(data), mode)
+    write_atomic(path, as_text(data), mode, durable=durable)
 
 
 def as_text(data: Any) -> str:

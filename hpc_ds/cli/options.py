@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def known_runs(incomplete: str) -> list[str]:
     """What a shell may complete a RUN to."""
     runs = Path("runs")
-    marks = ("config.json", "sweep.json")
+    marks = ("config.json", "hpcds-sweep.json")
     known = runs.iterdir() if runs.is_dir() else ()
     names = [path.name for path in known if any((path / mark).is_file() for mark in marks)]
     return sorted(name for name in names if name.startswith(incomplete))
@@ -48,6 +48,18 @@ AfterOption = Annotated[
         metavar="RUN[:ok|any|notok]",
         help="Start when that run is over: finished (ok, the default), however, or not.",
     ),
+]
+SweepOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sweep",
+        metavar="KEY=V1,V2,...|FILE.json",
+        help="A run for each value, or combination of values, as one array.",
+    ),
+]
+ThrottleOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Of a sweep, at most so many at a time; on site local 1 is the default."),
 ]
 UncheckedOption = Annotated[
     bool, typer.Option("--no-check", help="Queue it without asking the site's limits and `sbatch --test-only` first.")

@@ -72,7 +72,7 @@ def logs(
 
 
 def cancel(names: RunsArgument, runs: RunsOption = Path("runs"), json_output: JsonOption = False) -> None:
-    """End runs; `resume` can still continue them."""
+    """End runs; `resume` can still continue them. A sweep stands for all of its runs."""
 
     def end(_: RunDir, scheduler: Scheduler, job_id: str) -> str:
         scheduler.cancel(job_id)
@@ -131,14 +131,23 @@ def resume(
     The job is checked as at submit; the config before is kept as config-before-attempt-N.json. A job that waits in the
     queue, or is held there, is cancelled for a change and submitted anew.
     """
+    from hpc_ds.errors import RunError
     from hpc_ds.run_dir import RunDir
     from hpc_ds.supervise.resume import resume as resume_run
+    from hpc_ds.supervise.resume_sweep import resume_sweep
+    from hpc_ds.sweep_dir import find_sweep, runs_named
 
     resources = {
         "nodes": nodes, "gpus_per_node": gpus_per_node, "tasks_per_node": tasks_per_node, "cpus_per_task": cpus_per_task,
         "mem": mem, "time": time_limit, "partition": partition, "account": account, "qos": qos, "constraint": constraint,
     }  # fmt: skip
     changes = options_as_overrides(resources) + (overrides or [])
+    sweep = find_sweep(run, runs)
+    if sweep is not None and len(runs_named(run, runs)) > 1:
+        if changes:
+            raise RunError(f"run {run!r}: a sweep is resumed as it is; change one of its runs, such as {run}/1")
+        _done([(one, job_id, "resumed") for one, job_id in resume_sweep(sweep)], alone=False, json_output=json_output)
+        return
     found = RunDir.find(run, runs)
     job_id = resume_run(found, changes)
     if changes:
@@ -191,29 +200,47 @@ def _each(names: Sequence[str], runs: Path, do: Callable[[RunDir, Scheduler, str
     from hpc_ds.errors import HpcdsError
 
     done, refusal = [], None
-    for name in names:
+    for name in _expanded(names, runs):
         try:
             found, scheduler, job_id = _job(name, runs)
             done.append((found, job_id, do(found, scheduler, job_id)))
         except HpcdsError as error:
-            if len(names) == 1:
+            if len(names) == 1 and isinstance(name, str):
                 raise
             typer.echo(f"hpcds: {error}", err=True)
             refusal = refusal or error
-    _done(done, alone=len(names) == 1, json_output=json_output)
+    _done(done, alone=len(names) == len(done) == 1, json_output=json_output)
     if refusal is not None:
         raise typer.Exit(refusal.exit_code)
 
 
-def _job(run: str, runs: Path) -> tuple[RunDir, Scheduler, str]:
+def _expanded(names: Sequence[str], runs: Path) -> list[str | RunDir]:
+    """The names; in the place of a sweep, its runs that are not over, the last first: none starts because another ends."""
+    from hpc_ds.cluster.queue import Queue
+    from hpc_ds.report.status import statuses_of
+    from hpc_ds.sweep_dir import find_sweep, runs_named
+
+    expanded: list[str | RunDir] = []
+    for name in names:
+        if find_sweep(name, runs) is None:
+            expanded.append(name)
+            continue
+        found = runs_named(name, runs)
+        states = statuses_of(found, Queue())
+        going = [run for run, state in zip(found, states, strict=True) if not state.over or state.state == "held"]
+        expanded += going[::-1]
+    return expanded
+
+
+def _job(run: str | RunDir, runs: Path) -> tuple[RunDir, Scheduler, str]:
     from hpc_ds.cluster.connect import scheduler_named
     from hpc_ds.errors import RunError
     from hpc_ds.run_dir import RunDir, read_object
 
-    found = RunDir.find(run, runs)
+    found = RunDir.find(run, runs) if isinstance(run, str) else run
     job_id = str(read_object(found.job).get("job_id", ""))
     if not job_id:
-        raise RunError(f"run {run!r}: it was never submitted; `hpcds resume` submits it")
+        raise RunError(f"run {str(run)!r}: it was never submitted; `hpcds resume` submits it")
     return found, scheduler_named(str(read_object(found.site).get("scheduler")), found), job_id
 
 

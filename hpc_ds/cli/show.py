@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpc_ds.run_dir import RunDir
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -99,7 +101,14 @@ def status_table(found: Sequence[Status]) -> Table:
         why = "; ".join([one.reason + start, *quiet_lines(one)])
         rate = one.steps_per_s if one.state == "running" else None
         left = "" if one.eta_s is None else span(one.eta_s)
-        row = (Path(one.run_dir).name, styled(one.state), step, _number(one.loss, ".4f"), _number(rate, ".3g"), left)
+        row = (
+            RunDir(Path(one.run_dir)).label,
+            styled(one.state),
+            step,
+            _number(one.loss, ".4f"),
+            _number(rate, ".3g"),
+            left,
+        )
         rows.append((*row, len(one.attempts), one.nodes, one.job_id, why))
     titles = ("run", "state", "step", "loss", "steps/s", "left", "attempts", "nodes", "job", "why")
     made = table(titles, rows, right=("step", "loss", "steps/s", "left", "attempts"))
@@ -113,7 +122,7 @@ def status_line(status: Status) -> str:
     from hpc_ds.report.summary import quiet_lines, speed
 
     step = [] if status.step is None else [f"step {status.step}", *speed(status)]
-    parts = [f"{Path(status.run_dir).name}: {status.state} ({status.reason})", *step, *quiet_lines(status)]
+    parts = [f"{RunDir(Path(status.run_dir)).label}: {status.state} ({status.reason})", *step, *quiet_lines(status)]
     return f"{time.strftime('%H:%M:%S')}  {', '.join(parts)}"
 
 
@@ -123,7 +132,7 @@ def list_table(rows: Sequence[dict[str, Any]], *, paths: bool) -> Table:
 
     cells = [
         (
-            row["run_dir"] if paths else Path(row["run_dir"]).name,
+            row["run_dir"] if paths else RunDir(Path(row["run_dir"])).label,
             styled(row["state"]),
             row["step"],
             row["attempts"],

@@ -31,23 +31,25 @@ def status(
 ) -> None:
     """Say what runs are doing: one in full, several in a table.
 
-    Without RUN those of --runs that are not over; `hpcds list` shows all. With --json one RUN is an object, several
-    (or none given) are a list; --watch prints one line of that whenever something is new.
+    A sweep stands for all of its runs. Without RUN those of --runs that are not over; `hpcds list` shows all. With
+    --json one RUN is an object, several (or none given) are a list; --watch prints one line of that whenever something
+    is new.
     """
     from hpc_ds.cluster.queue import Queue
     from hpc_ds.report.status import statuses_of
     from hpc_ds.report.summary import summary
     from hpc_ds.run_dir import RunDir
+    from hpc_ds.sweep_dir import runs_named
 
     queue = Queue()
     if names:
-        found = [RunDir.find(name, runs) for name in names]
+        found = [run for name in names for run in runs_named(name, runs)]
         statuses = [] if watch else statuses_of(found, queue)
     else:
         known = RunDir.all_in(runs)
         going = [(run, one) for run, one in zip(known, statuses_of(known, queue), strict=True) if not one.over]
         found, statuses = [run for run, _ in going], [one for _, one in going]
-    alone = names is not None and len(names) == 1
+    alone = names is not None and len(names) == len(found) == 1
     if watch and found:
         _watch(found, queue, alone=alone, json_output=json_output)
     elif json_output:

@@ -24,7 +24,9 @@ from hpc_ds.cli.options import (
     RunsOption,
     SetOption,
     SiteOption,
+    SweepOption,
     TasksOption,
+    ThrottleOption,
     TimeOption,
     UncheckedOption,
     options_as_overrides,
@@ -63,6 +65,8 @@ def submit(
     chain: Annotated[
         bool, typer.Option("--chain", help="Several job files: each starts when the one before has finished.")
     ] = False,
+    sweep: SweepOption = None,
+    throttle: ThrottleOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script and the plan, and stop.")] = False,
     unchecked: UncheckedOption = False,
     follow: FollowOption = False,
@@ -79,7 +83,9 @@ def submit(
     asked = options_as_overrides(resources, name=name, training=training) + (overrides or [])
     jobs = _jobs([target, *(args or [])], asked) if chain else [_load(target, asked, args or [])]
     wanted = Wanted(jobs, [_site(job, site) for job in jobs], runs, after or [], check=not unchecked)
-    if dry_run:
+    if sweep:
+        _sweep(wanted, target, sweep, throttle, dry_run=dry_run, chain=chain, json_output=json_output)
+    elif dry_run:
         _preview(wanted, json_output=json_output)
     else:
         _submit(wanted, chain=chain, follow=follow, json_output=json_output)
@@ -158,6 +164,39 @@ def _submit(wanted: Wanted, *, chain: bool, follow: bool, json_output: bool) -> 
         from hpc_ds.cli.runs import show_until_over
 
         show_until_over(done[-1].run)
+
+
+def _sweep(
+    wanted: Wanted,
+    target: str,
+    texts: list[str],
+    throttle: int | None,
+    *,
+    dry_run: bool,
+    chain: bool,
+    json_output: bool,
+) -> None:
+    from hpc_ds.config.sweep import jobs_of, read_points
+    from hpc_ds.errors import ConfigError
+    from hpc_ds.script.plan import plan_lines
+    from hpc_ds.script.sweep import Sweep, preview_sweep, submit_sweep
+
+    if chain:
+        raise ConfigError("--sweep, --chain: give one of them")
+    (base,), (site,) = wanted.jobs, wanted.sites
+    points = read_points(texts)
+    asked = Sweep(base, points, jobs_of(base, points, target), throttle)
+    if dry_run:
+        text, plan = preview_sweep(asked, site, wanted.runs, check=wanted.check)
+        data = {"site": site.name, "script": text, "plan": plan.as_data(), "points": points}
+        lines = "\n".join(f"# {line}" for line in plan_lines(plan))
+        typer.echo(json.dumps(data) if json_output else f"{text}\n# The plan; nothing is queued yet.\n{lines}")
+        return
+    done = submit_sweep(asked, site, wanted.runs, waits=wanted.waits(), check=wanted.check)
+    warn(done.warnings)
+    told = {"sweep_dir": str(done.sweep.root), "job_id": done.job_id, "site": site.name, "runs": len(points)}
+    words = f"job {done.job_id} on site {site.name}, {len(points)} runs\nsweep {done.sweep.root}"
+    typer.echo(json.dumps(told) if json_output else words)
 
 
 def _load(target: str, overrides: list[str], args: list[str]) -> JobConfig:

@@ -26,10 +26,38 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hpc_ds.run_dir import RunDir
+    from hpc_ds.sweep_dir import SweepDir
 
 _START_TIMEOUT_S = 20.0
 BUSY = 17
 """Exit code of a keeper that found another one at work on its run."""
+
+
+def start_array(sweep: SweepDir, numbers: Sequence[int], throttle: int) -> str:
+    """Start the runs of a sweep, ``throttle`` at a time, by a process of its own; returns its id.
+
+    Raises:
+        SubmitError: it did not start.
+    """
+    sweep.local.mkdir(exist_ok=True)
+    with (sweep.local / "array.log").open("ab") as log:
+        array = subprocess.Popen(
+            [sys.executable, "-m", "hpc_ds.cluster.local_array", str(sweep.root), str(throttle), *map(str, numbers)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=outside_jobs(os.environ),
+            cwd=sweep.root,
+        )
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while read_object(sweep.local / "state.json").get("pid") != array.pid:
+        if array.poll() is not None or time.monotonic() > deadline:
+            array.kill()
+            raise SubmitError(f"sweep {str(sweep.root)!r}: did not start; look into {sweep.local / 'array.log'}")
+        time.sleep(0.01)
+    array.returncode = 0  # it outlives us on purpose; this keeps Popen from warning about it
+    return f"local-{array.pid}"
 
 
 class Local:
@@ -46,10 +74,19 @@ class Local:
         Raises:
             SubmitError: the run has a live job already, or the keeper did not start.
         """
+        return self.start(["wait"] if after else [])
+
+    def start(self, words: Sequence[str]) -> str:
+        """Start a keeper with further words on its command line; see there.
+
+        Raises:
+            SubmitError: the run has a live job already, or the keeper did not start.
+        """
+        run = self._run
         self._requests.mkdir(parents=True, exist_ok=True)
         with run.scheduler_log.open("ab") as log:
             keeper = subprocess.Popen(
-                [sys.executable, "-m", "hpc_ds.cluster.local_keeper", str(run.root), *(["wait"] if after else [])],
+                [sys.executable, "-m", "hpc_ds.cluster.local_keeper", str(run.root), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -119,9 +156,9 @@ class Local:
         """The site's, as the run keeps it."""
         return float(read_object(self._run.site).get("kill_wait_s", 30.0))
 
-    def is_down(self, node: str) -> bool:
-        """Never: this program runs on it."""
-        return node != os.uname().nodename
+    def down(self, nodes: Sequence[str]) -> list[str]:  # noqa: ARG002
+        """None: of another machine nothing is known."""
+        return []
 
     def _request(self, job_id: str, action: str) -> None:
         data = read_object(self._state)
@@ -129,6 +166,10 @@ class Local:
             raise SchedulerError(f"job {job_id}: not known on this machine; look at `hpcds status`")
         if not process.is_alive(data["pid"], data["started"]):
             raise SchedulerError(f"job {job_id}: it ended already; look at `hpcds status`")
-        write_json(self._requests / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", {"action": action})
+        try:
+            self._requests.mkdir(parents=True, exist_ok=True)
+            write_json(self._requests / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", {"action": action})
+        except OSError as error:
+            raise SchedulerError(f"job {job_id}: its keeper cannot be asked: {error.strerror}; make room") from None
         with contextlib.suppress(ProcessLookupError):
             os.kill(data["pid"], signal.SIGUSR1)

@@ -10,6 +10,7 @@ It runs the job script, and does to it what Slurm does (facts measured on Slurm 
 | requeue, hold          | the same; restarts + 1                       | KILL after kill_wait_s             | runs again |
 | preempt                | CONT, TERM to the ranks only; preempting     | after grace_s as requeue           | runs again |
 
+On its command line, after the run folder: ``wait`` (for ``after.json``), and ``as=JOBID``, for a task of a sweep.
 The limits stand in the job script, as lines ``#LOCAL key=value``. The ranks are those that the local runner names in
 ``local/step.json``. Orphans are adopted, so that nothing of a job outlives it.
 """
@@ -26,12 +27,16 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpc_ds.cluster import process
 from hpc_ds.cluster.local import BUSY
 from hpc_ds.cluster.local_wait import verdict
 from hpc_ds.cluster.scheduler import JobState
 from hpc_ds.run_dir import RunDir, read_object, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _WAKE = {signal.SIGCHLD, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
 _LONGEST_SLEEP_S = 1.0
@@ -77,16 +82,17 @@ class Keeper:
         job: the state as clients see it; written to ``local/state.json`` at every change.
     """
 
-    def __init__(self, run: RunDir, lock: int) -> None:
+    def __init__(self, run: RunDir, lock: int, job_id: str | None = None) -> None:
         self.limits = Limits.of(run.script.read_text(encoding="utf-8"))
         self._run = run
         self._lock = lock
         self._identity = {
-            "job_id": f"local-{os.getpid()}",
+            "job_id": job_id or f"local-{os.getpid()}",
             "pid": os.getpid(),
             "started": process.start_time(os.getpid()),
         }
         self.job = JobState("PENDING")
+        self._shown = False
 
     def keep(self, *, wait: bool = False) -> None:
         """Run the job until it ends for good or is held; with ``wait`` only after what stands in ``after.json``."""
@@ -118,7 +124,20 @@ class Keeper:
     def change(self, **fields: object) -> None:
         """Change the state of the job and show it to clients."""
         self.job = replace(self.job, **fields)  # type: ignore[arg-type] # the callers are in this class
-        write_json(self._run.local / "state.json", {**self._identity, "job": asdict(self.job)})
+        self._show()
+
+    def show_again(self) -> None:
+        """Write the state down, where that failed before."""
+        if not self._shown:
+            self._show()
+
+    def _show(self) -> None:
+        """Write the state down; on a full disk it is tried again later."""
+        try:
+            write_json(self._run.local / "state.json", {**self._identity, "job": asdict(self.job)})
+            self._shown = True
+        except OSError:
+            self._shown = False
 
     def _run_once(self) -> str:
         """One start of the job; returns how it ended: requeue, hold or end."""
@@ -188,6 +207,7 @@ class _Ending:
             for action in self._keeper.requests():
                 self._act(action)
             self._look_at_the_clock()
+            self._keeper.show_again()
         self._sweep()
 
     def _sleep(self) -> None:
@@ -260,7 +280,7 @@ def _reap_adopted(batch: int) -> None:
             os.waitpid(ended.si_pid, 0)
 
 
-def main(root: Path, *, wait: bool = False) -> int:
+def main(root: Path, words: Sequence[str] = ()) -> int:
     """Keep the job of a run; two keepers of one run would start its ranks twice, so the second leaves."""
     run = RunDir(root)
     with (run.local / "lock").open(
@@ -270,9 +290,10 @@ def main(root: Path, *, wait: bool = False) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return BUSY
-        Keeper(run, lock.fileno()).keep(wait=wait)
+        job_id = next((word.removeprefix("as=") for word in words if word.startswith("as=")), None)
+        Keeper(run, lock.fileno(), job_id).keep(wait="wait" in words)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), wait=sys.argv[2:] == ["wait"]))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

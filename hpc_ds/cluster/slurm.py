@@ -20,6 +20,7 @@ from hpc_ds.errors import CommandError, NoAnswerError, NoProgramError, RefusedEr
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from hpc_ds.cluster.parse import Account
     from hpc_ds.cluster.scheduler import JobState
@@ -32,6 +33,7 @@ _FOR_NOW = re.compile(
     re.IGNORECASE,
 )
 _DEFAULT_KILL_WAIT_S = 30.0
+_IS_GONE = re.compile(r"down|fail|.*\*")  # an asterisk: it does not answer
 
 
 def is_for_now(stderr: str) -> bool:
@@ -53,16 +55,24 @@ class Slurm:
         Raises:
             SubmitError: there is no sbatch, or it refused the job; its words are in the message.
         """
+        options = [f"--dependency={after if ':' in after else f'afterany:{after}'}"] if after else []
+        options += [f"--exclude={','.join(exclude)}"] if exclude else []
+        return self.submit_script(run.script, options, patient=bool(after) and ":" not in str(after))
+
+    def submit_script(self, script: Path, options: Sequence[str], *, patient: bool = False) -> str:
+        """Queue a job script with options of sbatch; who is ``patient`` asks again while slurmctld is away.
+
+        Raises:
+            SubmitError: there is no sbatch, or it refused the job; its words are in the message.
+        """
         try:
-            options = [f"--dependency={after if ':' in after else f'afterany:{after}'}"] if after else []
-            options += [f"--exclude={','.join(exclude)}"] if exclude else []
-            answer = self._shell(["sbatch", "--parsable", *options, str(run.script)], timeout_s=60.0)
+            answer = self._shell(["sbatch", "--parsable", *options, str(script)], timeout_s=60.0)
         except NoAnswerError as error:
             raise SchedulerError(f"{error}; the job may be queued all the same, look with squeue") from error
         except CommandError as error:
             if error.returncode is None:
                 raise SubmitError(str(error)) from error
-            if after and _FOR_NOW.search(error.stderr):
+            if patient and _FOR_NOW.search(error.stderr):
                 raise
             words = " ".join(error.stderr.replace("sbatch: error: ", "").split()) or "it said nothing"
             raise SubmitError(f"sbatch: refused the job: {words}; change the job or ask with --set") from error
@@ -155,13 +165,15 @@ class Slurm:
         match = re.search(r"^KillWait\s*=\s*(\d+)", said, re.MULTILINE)
         return float(match[1]) if match else _DEFAULT_KILL_WAIT_S
 
-    def is_down(self, node: str) -> bool:
-        """Whether Slurm counts a node as down, or has no answer from it."""
+    def down(self, nodes: Sequence[str]) -> list[str]:
+        """Those of some nodes that Slurm counts as down, or has no answer from; one that is drained works on."""
+        command = ["sinfo", "--noheader", "--Node", "--nodes", ",".join(nodes), "--format=%N %T"]
         try:
-            state = self._shell(["sinfo", "--noheader", "--nodes", node, "--format=%T"], timeout_s=20.0).stdout
+            lines = [line.split() for line in self._shell(command, timeout_s=20.0).stdout.splitlines()]
         except SchedulerError:
-            return False
-        return any(IS_DOWN.match(word) for word in state.split())
+            return []
+        gone = {words[0] for words in lines if len(words) == 2 and _IS_GONE.match(words[1])}
+        return [node for node in nodes if node in gone]
 
     def _ask(self, command: list[str]) -> None:
         """Ask for something that Slurm may decline.

@@ -267,7 +267,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override!r}: {section} is not a section; check the key", key=key, value=text)
         holder[section] = holder = dict(inner)
     try:
-        holder[last] = text if _wants_text(key) else json.loads(text)
+        holder[last] = text if wants_text(key) else json.loads(text)
     except RecursionError:
         raise ConfigError(f"--set {key}: nested too deeply; give a value", key=key) from None
     except ValueError:  # not JSON: text
@@ -281,6 +281,6 @@ _TEXT_KEYS = {
 }  # fmt: skip
 
 
-def _wants_text(key: str) -> bool:
+def wants_text(key: str) -> bool:
     """Whether ``--set KEY=123`` means the text "123"."""
     return key in _TEXT_KEYS or key.startswith("env.")

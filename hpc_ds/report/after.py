@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from hpc_ds.errors import ConfigError
 from hpc_ds.report.status import statuses_of
-from hpc_ds.run_dir import RunDir, read_object
+from hpc_ds.run_dir import read_object
 from hpc_ds.script.waiting import WHEN, Wait
+from hpc_ds.sweep_dir import runs_named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from hpc_ds.cluster.queue import Queue
     from hpc_ds.config.site import SiteConfig
     from hpc_ds.report.status import Status
+    from hpc_ds.run_dir import RunDir
 
 
 def read_waits(texts: Sequence[str], runs: Path, site: SiteConfig, queue: Queue) -> list[Wait]:
@@ -31,7 +33,7 @@ def read_waits(texts: Sequence[str], runs: Path, site: SiteConfig, queue: Queue)
     waits = []
     for text in texts:
         name, when = _split(text)
-        found = [RunDir.find(name, runs)]
+        found = runs_named(name, runs)
         for run, status in zip(found, statuses_of(found, queue), strict=True):
             waits += _wait(text, run, when, status, site)
     return waits

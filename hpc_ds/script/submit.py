@@ -98,7 +98,7 @@ def submit(
     except SchedulerError as error:  # the job may be queued, and would need its folder
         raise SchedulerError(f"{error}; its run folder {str(run.root)!r} is kept") from error
     run.remember()
-    return Submitted(run, job_id, [*plan.warnings, *_unverified(plan)])
+    return Submitted(run, job_id, [*plan.warnings, *unverified(plan)])
 
 
 def submit_chain(
@@ -124,6 +124,15 @@ def submit_chain(
     return done
 
 
+def variables_of(job: JobConfig, site: SiteConfig) -> str:
+    """The text of ``env.sh`` as this shell has it.
+
+    Raises:
+        ConfigError: a variable that the job asks for is not set in it.
+    """
+    return environment_file(job, site, dict(os.environ))
+
+
 def ask_scheduler(script: Path, job: JobConfig, site: SiteConfig) -> Answer:
     """What the scheduler says of a script that is not queued yet.
 
@@ -135,7 +144,8 @@ def ask_scheduler(script: Path, job: JobConfig, site: SiteConfig) -> Answer:
     return ask(script, job.resources.nodes, job.resources.partition)
 
 
-def _unverified(plan: Plan) -> list[str]:
+def unverified(plan: Plan) -> list[str]:
+    """A warning that names what of the site nobody has checked."""
     names = ", ".join(plan.unverified)
     return [f"site {plan.site}: not verified: {names}; look whether they are so"] if names else []
 
@@ -147,13 +157,13 @@ def prepare(job: JobConfig, site: SiteConfig, runs: Path) -> RunDir:
         ConfigError: the job does not fit the site or this shell.
         RunError: no folder can be made in ``runs``.
     """
-    variables = environment_file(job, site, dict(os.environ))
+    variables = variables_of(job, site)
     run = RunDir.create(runs, job.name)
     try:
         write_atomic(run.script, render(job, site, run), mode=0o755)
         write_atomic(run.env, variables, mode=0o600)
         write_json(run.site, site.model_dump(mode="json"))
-        write_json(run.provenance, _provenance(job))
+        write_json(run.provenance, provenance_of(job))
         write_json(run.config, resolved(job))
     except BaseException as error:
         shutil.rmtree(run.root, ignore_errors=True)
@@ -234,7 +244,7 @@ def reconfigure(run: RunDir, texts: dict[Path, str], attempt: int) -> Callable[[
     return undo
 
 
-def _provenance(job: JobConfig) -> dict[str, Any]:
+def provenance_of(job: JobConfig) -> dict[str, Any]:
     """Who submitted what from where, with which versions. Names of variables, never their values."""
     from hpc_ds.version import __version__
 

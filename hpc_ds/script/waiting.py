@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpc_ds.errors import SchedulerError
-from hpc_ds.run_dir import RunDir, append_line, read_lines, read_object, write_json
+from hpc_ds.run_dir import RunDir, append_line, is_sweep, read_lines, read_object, runs_in, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,10 +37,21 @@ def dependency(waits: Sequence[Wait]) -> str | None:
     """Waits as sbatch's ``--dependency`` takes them; None where there are none."""
     parts = []
     for when, word in WHEN.items():
-        job_ids = list(dict.fromkeys(wait.job_id for wait in waits if wait.when == when))
+        job_ids = list(dict.fromkeys(_arrays([wait for wait in waits if wait.when == when])))
         if job_ids:
             parts.append(":".join([word, *job_ids]))
     return ",".join(parts) or None
+
+
+def _arrays(waits: Sequence[Wait]) -> list[str]:
+    """The job ids; of a sweep that is waited for as a whole the array's."""
+    tasks: dict[tuple[Path, str], int] = {}
+    for wait in waits:
+        key = wait.run_dir.parent, wait.job_id.partition("_")[0]
+        tasks[key] = tasks.get(key, 0) + 1
+    whole = {key for key, count in tasks.items() if is_sweep(key[0]) and count == len(runs_in(key[0]))}
+    keys = [(wait.run_dir.parent, wait.job_id.partition("_")[0]) for wait in waits]
+    return [key[1] if key in whole else wait.job_id for key, wait in zip(keys, waits, strict=True)]
 
 
 def write_waits(run: RunDir, waits: Sequence[Wait]) -> None:

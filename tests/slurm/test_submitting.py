@@ -138,3 +138,44 @@ def test_a_chain_is_queued_as_a_whole(slurm_cluster: SlurmCluster, runs: Runs) -
     times = [[line.get("opened") or line["closed"] for line in run.lines("attempts.jsonl")] for run in found]
     assert times == sorted(times)
     assert len(times) == 3
+
+
+# Finishes; the second task only when it is started again, and the third only when it may.
+TASK = """
+import os, sys, time
+number = os.path.basename(os.environ["HPCDS_RUN_DIR"])
+print("task", os.environ["SLURM_ARRAY_TASK_ID"], sys.argv[1:], flush=True)
+while number == "3" and not os.path.exists("go"):
+    time.sleep(0.1)
+sys.exit(3 if number == "2" and os.environ["HPCDS_ATTEMPT"] == "1" else 0)
+"""
+
+
+def test_a_sweep_is_an_array_whose_tasks_live_and_are_resumed_each_for_itself(
+    slurm_cluster: SlurmCluster, runs: Runs
+) -> None:
+    (runs.folder / "task.py").write_text(TASK)
+    job = {"name": "sweep", "command": [sys.executable, "task.py"]}
+    (runs.folder / "sweep.json").write_text(json.dumps(job))
+    told = json.loads(
+        runs.hpcds(
+            "submit", "sweep.json", *JOB[2:], "--sweep", "args.--lr=1e-3,2e-3,3e-3,4e-3", "--throttle", "3", "--json"
+        ).stdout
+    )
+    tasks = [Run(runs.folder / told["sweep_dir"] / str(n), f"{told['job_id']}_{n}", runs.hpcds) for n in (1, 2, 3, 4)]
+    then = runs.submit(runs.folder / "job.json", *JOB[2:], "--after", f"{told['job_id']}:any")
+    assert waits(slurm_cluster, then).startswith(f"afterany:{told['job_id']}_*")
+    for task in (tasks[0], tasks[3]):
+        assert task.wait_until_over()["state"] == "finished", task.story()
+    assert tasks[1].wait_until_over()["state"] == "held", tasks[1].story()
+    assert [task.status()["job_id"] for task in tasks] == [task.job_id for task in tasks]
+    assert "['--lr', '4e-3']" in (tasks[3].folder / "logs" / "attempt-1" / "rank-0.log").read_text()
+    runs.hpcds("cancel", tasks[2].job_id)
+    assert tasks[2].wait_until_over()["state"] == "cancelled", tasks[2].story()
+    (runs.folder / "go").touch()
+    resumed = json.loads(runs.hpcds("resume", told["job_id"], "--json").stdout)
+    assert sorted(one["run_dir"][-1] for one in resumed) == ["2", "3"]
+    for task in tasks:
+        assert task.wait_until_over()["state"] == "finished", task.story()
+    assert len({task.status()["job_id"].partition("_")[0] for task in tasks}) == 2
+    assert then.wait_until_over()["state"] == "finished", then.story()
