@@ -82,3 +82,17 @@ def test_ranks_in_a_container_on_this_machine(tmp_path: Path) -> None:
 @pytest.mark.slurm
 def test_ranks_in_a_container_under_srun(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
     check_run(tmp_path, slurm_cluster.env, "slurm")
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(("kind", "option"), [("pyxis", "--container-image=torch"), ("edf", "--environment=")])
+def test_options_of_a_container_reach_srun(kind: str, option: str, slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+    """This Slurm has neither plugin: its srun refuses the option, which shows that it was given."""
+    job = {"command": ["true"], "runtime": {"kind": kind, "image": "torch"}}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    run = Runs(tmp_path, slurm_cluster.env).submit(tmp_path / "job.json", "--site", "slurm", "--time", "10")
+    assert run.wait_until_over()["state"] == "held", run.story()
+    said = (run.folder / "logs" / "attempt-1" / "launcher.log").read_text()
+    assert f"srun: unrecognized option '{option}" in said
+    if kind == "edf":
+        assert 'base_environment = ["torch"]' in (run.folder / "environment.toml").read_text()

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from hpc_ds.cluster import process
 from hpc_ds.cluster.parse import parse_due_to, parse_lost_node, parse_task_end
-from hpc_ds.config.site_rules import gpus_per_rank, takes_full_nodes
+from hpc_ds.config.site_rules import fitted, gpus_per_rank, takes_full_nodes
 from hpc_ds.errors import NodeListError
+from hpc_ds.launch.container import container_options, rank_command
 from hpc_ds.launch.failure import Failure, TaskEnd, in_words, last_lines
 from hpc_ds.launch.node_list import expand
 from hpc_ds.launch.runner import CHECKPOINTED
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from hpc_ds.config.job import JobConfig, Resources
     from hpc_ds.config.site import SiteConfig
+    from hpc_ds.run_dir import RunDir
 
 _PATIENCE_S = 10.0
 _KILL_PATIENCE_S = 20.0
@@ -72,6 +74,12 @@ def site_options(job: JobConfig, site: SiteConfig) -> list[str]:
     if takes_full_nodes(job, site):
         options += site.srun_full_node
     return options
+
+
+def step_command(job: JobConfig, site: SiteConfig, run: RunDir, components: int = 1) -> list[str]:
+    """The whole srun command line of the ranks of a run: as job, site and container want it."""
+    options = [*site_options(job, site), *container_options(job, site, run)]
+    return srun_command(rank_command(job, site, run), fitted(job, site), options, components)
 
 
 def components_of(environ: Mapping[str, str]) -> int:

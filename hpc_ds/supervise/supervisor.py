@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 from hpc_ds.cluster.connect import scheduler_named
 from hpc_ds.cluster.process import node_name
 from hpc_ds.config.load import load_resolved, load_site
-from hpc_ds.config.site_rules import fitted
 from hpc_ds.errors import NodeListError, RefusedError, RunError
 from hpc_ds.launch.container import prepare_container, rank_command
 from hpc_ds.launch.failure import Failure, first_failure
 from hpc_ds.launch.local import LocalRunner
 from hpc_ds.launch.node_list import expand
-from hpc_ds.launch.srun import SrunRunner, components_of, site_options, srun_command
+from hpc_ds.launch.srun import SrunRunner, components_of, step_command
 from hpc_ds.script.submit import note_job
 from hpc_ds.script.waiting import redirect
 from hpc_ds.supervise.ledger import Attempt, close_attempt, open_attempt, outcome, read_ledger
@@ -213,10 +212,10 @@ class Supervisor:
             "HPCDS_DEADLINE": str(self._run.deadline),
         }
         prepare_container(job, self._run)
-        argv = rank_command(job, self._site, self._run)
         if self._site.scheduler == "local":
+            argv = rank_command(job, self._site, self._run)
             return LocalRunner(argv, environ, job.resources.world_size, logs, self._run.local / "step.json")
-        command = srun_command(argv, fitted(job, self._site), site_options(job, self._site), components_of(os.environ))
+        command = step_command(job, self._site, self._run, components_of(os.environ))
         return SrunRunner(command, environ, logs)
 
     def _run_ranks(self, runner: Runner, watch: Watch, close_early: Callable[[], object]) -> int:

@@ -17,10 +17,10 @@ import pytest
 from hpc_ds.config.job import CONTAINERS, JobConfig, Runtime
 from hpc_ds.config.load import load_site
 from hpc_ds.config.model import check
-from hpc_ds.config.site_rules import check_job, fitted
+from hpc_ds.config.site_rules import check_job
 from hpc_ds.errors import ConfigError
-from hpc_ds.launch.container import container_options, environment_definition, rank_command
-from hpc_ds.launch.srun import site_options, srun_command
+from hpc_ds.launch.container import environment_definition, rank_command
+from hpc_ds.launch.srun import step_command
 from hpc_ds.run_dir import RunDir
 from hpc_ds.script.render import render
 from hpc_ds.shipped import shipped
@@ -63,9 +63,8 @@ def job_in(kind: str, **changes: Any) -> JobConfig:
 
 def everything(kind: str) -> str:
     job, site = job_in(kind), load_site(str(shipped("site_configs") / f"{RUNTIMES[kind][0]}.json"))
-    options = [*site_options(job, site), *container_options(job, site, RUN)]
-    argv = rank_command(job, site, RUN)
-    srun = srun_command(argv, fitted(job, site), options)
+    argv, srun = rank_command(job, site, RUN), step_command(job, site, RUN)
+    assert srun[-len(argv) :] == argv
     texts = [render(job, site, RUN), "\n# srun\n# ", shlex.join(srun[: srun.index("/bin/sh")])]
     texts += ["\n\n# a rank\n# ", shlex.join(argv), "\n"]
     if kind == "edf":
