@@ -4,7 +4,9 @@ RUNS/<name>-<stamp>/
     config.json          the job as submitted, resolved; the mark of a run folder
     config-before-attempt-N.json  the job as it was before `hpcds resume` changed it for attempt N
     site.json            the site as it was then
-    provenance.json      who, where, when, with which versions
+    provenance.json      who, where, when, with which versions, which code, and where each value came from
+    code.diff            what had changed in it since its commit
+    code/                with snapshot: the copy of the code that the run runs from
     script.sbatch        what the scheduler was given
     env.sh               environment of the job, mode 0600
     environment.toml     runtime edf: the container, with the mounts of the run
@@ -52,6 +54,7 @@ class RunDir:
         self.config = root / "config.json"
         self.site = root / "site.json"
         self.provenance = root / "provenance.json"
+        self.code = root / "code"
         self.script = root / "script.sbatch"
         self.env = root / "env.sh"
         self.environment_definition = root / "environment.toml"

@@ -3,6 +3,7 @@
 RUNS/<name>-<stamp>/
     hpcds-sweep.json     name, site, job id, throttle, and the values of each task; the mark of a sweep's folder
     script.sbatch        what the scheduler was given: an array (not on site local)
+    provenance.json      as in a run; code.diff and code/ are here and not in the runs
     1/ 2/ ...            the runs, each with all that a run has
 """
 
@@ -22,6 +23,7 @@ class SweepDir:
         self.root = root
         self.sweep = root / SWEEP_FILE
         self.script = root / "script.sbatch"
+        self.provenance = root / "provenance.json"
         self.local = root / "local"
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from hpc_ds.cli import checkpoint, config, hostfile, runs, site, status, submit
+from hpc_ds.cli import checkpoint, config, hostfile, init, rerun, runs, site, status, submit
 from hpc_ds.errors import HpcdsError
 from hpc_ds.version import __version__
 
@@ -22,7 +22,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("init")(init.init)
+app.command("schema")(init.schema)
 app.command("submit", context_settings={"allow_interspersed_args": True})(submit.submit)
+app.command("rerun")(rerun.rerun)
 app.command("status")(status.status)
 app.command("list")(status.list_runs)
 app.command("history")(status.history)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -65,6 +65,9 @@ def submit(
     chain: Annotated[
         bool, typer.Option("--chain", help="Several job files: each starts when the one before has finished.")
     ] = False,
+    snapshot: Annotated[
+        bool, typer.Option("--snapshot", help="Run from a copy of the files that git tracks, as they are now.")
+    ] = False,
     sweep: SweepOption = None,
     throttle: ThrottleOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script and the plan, and stop.")] = False,
@@ -80,9 +83,11 @@ def submit(
         "nodes": nodes, "gpus_per_node": gpus_per_node, "tasks_per_node": tasks_per_node, "cpus_per_task": cpus_per_task,
         "mem": mem, "time": time, "partition": partition, "account": account, "qos": qos, "constraint": constraint,
     }  # fmt: skip
-    asked = options_as_overrides(resources, name=name, training=training) + (overrides or [])
-    jobs = _jobs([target, *(args or [])], asked) if chain else [_load(target, asked, args or [])]
-    wanted = Wanted(jobs, [_site(job, site) for job in jobs], runs, after or [], check=not unchecked)
+    options = options_as_overrides(resources, name=name, training=training) + (["snapshot=true"] if snapshot else [])
+    targets, words = ([target, *(args or [])], []) if chain else ([target], args or [])
+    jobs = [_load(one, options, overrides or [], words) for one in (_job_files(targets) if chain else targets)]
+    found = [_site(job, site) for job, _ in jobs]
+    wanted = Wanted([job for job, _ in jobs], [one for _, one in jobs], found, runs, after or [], check=not unchecked)
     if sweep:
         _sweep(wanted, target, sweep, throttle, dry_run=dry_run, chain=chain, json_output=json_output)
     elif dry_run:
@@ -96,6 +101,7 @@ class Wanted:
     """What a submit asks for: jobs, the site of each, where the runs are, and what they wait for."""
 
     jobs: list[JobConfig]
+    sources: list[dict[str, str]]
     sites: list[SiteConfig]
     runs: Path
     after: list[str]
@@ -111,14 +117,14 @@ class Wanted:
         return read_waits(self.after, self.runs, self.sites[0], Queue())
 
 
-def _jobs(targets: list[str], overrides: list[str]) -> list[JobConfig]:
-    """The jobs of a chain."""
+def _job_files(targets: list[str]) -> list[str]:
+    """The job files of a chain."""
     from hpc_ds.errors import ConfigError
 
     for target in targets:
         if not target.endswith(".json"):
             raise ConfigError(f"--chain {target!r}: not a job file; give files such as a.json b.json", value=target)
-    return [_load(target, overrides, []) for target in targets]
+    return targets
 
 
 def _site(job: JobConfig, name: str | None) -> SiteConfig:
@@ -147,11 +153,12 @@ def _submit(wanted: Wanted, *, chain: bool, follow: bool, json_output: bool) -> 
     from hpc_ds.script.submit import submit as submit_job
     from hpc_ds.script.submit import submit_chain
 
-    jobs = list(zip(wanted.jobs, wanted.sites, strict=True))
+    jobs = list(zip(wanted.jobs, wanted.sites, wanted.sources, strict=True))
     if chain:
         done = submit_chain(jobs, wanted.runs, waits=wanted.waits(), check=wanted.check)
     else:
-        done = [submit_job(*jobs[0], wanted.runs, waits=wanted.waits(), check=wanted.check)]
+        job, site, sources = jobs[0]
+        done = [submit_job(job, site, wanted.runs, waits=wanted.waits(), sources=sources, check=wanted.check)]
     data = []
     for one, site in zip(done, wanted.sites, strict=True):
         warn(one.warnings)
@@ -192,24 +199,31 @@ def _sweep(
         lines = "\n".join(f"# {line}" for line in plan_lines(plan))
         typer.echo(json.dumps(data) if json_output else f"{text}\n# The plan; nothing is queued yet.\n{lines}")
         return
-    done = submit_sweep(asked, site, wanted.runs, waits=wanted.waits(), check=wanted.check)
+    done = submit_sweep(asked, site, wanted.runs, waits=wanted.waits(), sources=wanted.sources[0], check=wanted.check)
     warn(done.warnings)
     told = {"sweep_dir": str(done.sweep.root), "job_id": done.job_id, "site": site.name, "runs": len(points)}
     words = f"job {done.job_id} on site {site.name}, {len(points)} runs\nsweep {done.sweep.root}"
     typer.echo(json.dumps(told) if json_output else words)
 
 
-def _load(target: str, overrides: list[str], args: list[str]) -> JobConfig:
+def _load(target: str, options: list[str], overrides: list[str], args: list[str]) -> tuple[JobConfig, dict[str, str]]:
+    """The job, and where each of its values comes from."""
     from hpc_ds.config.job import is_run_name
-    from hpc_ds.config.load import build_job, load_job_file
+    from hpc_ds.config.load import build_job, read_json
+    from hpc_ds.config.sources import sources_of
 
+    asked = options + overrides
     if target.endswith(".json"):
-        return load_job_file(Path(target), overrides, args)
-    script = Path(target)
-    data: dict[str, Any] = {"script": str(script)}
-    if not any(override.startswith("name=") for override in overrides) and is_run_name(script.stem):
-        data["name"] = script.stem
-    return build_job(data, overrides, args, file=target, base=Path.cwd())
+        data, base = read_json(Path(target), "job file"), Path(target).resolve().parent
+        file = target
+    else:
+        script, base, file = Path(target), Path.cwd(), "command line"
+        data = {"script": str(script)}
+        if not any(override.startswith("name=") for override in asked) and is_run_name(script.stem):
+            data["name"] = script.stem
+    job = build_job(data, asked, args, file=target, base=base)
+    more = ["args="] if args else []
+    return job, sources_of(job, data, file, options + more, overrides)
 
 
 def _site_name(job: JobConfig) -> str:

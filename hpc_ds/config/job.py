@@ -245,6 +245,7 @@ class JobConfig(Model):
     parameters: Annotated[int, Field(ge=1, le=10**18)] | None = Field(
         None, description="trainable parameters of the model; for the memory in the plan only"
     )
+    snapshot: bool = Field(default=False, description="run from a copy of the files that git tracks")
     inputs: list[Line] = Field(default_factory=list, description="files and folders that must be there at submit")
 
     @field_validator("name")

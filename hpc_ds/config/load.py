@@ -109,7 +109,7 @@ def build_job(
     Raises:
         ConfigError: something in it is not usable; file, key, value and what is allowed are named.
     """
-    data = _absolute_paths(data, base)
+    data = _absolute_paths(without_comments(data), base)
     for override in overrides:
         _apply(data, override)
     data = _absolute_paths({"workdir": str(base), **data}, Path.cwd())
@@ -124,6 +124,18 @@ def build_job(
     if job.training is not None:
         check_training(job.training, job.resources, file)  # type: ignore[arg-type] # a path was read above
     return job
+
+
+_FREE = {"env", "training"}  # their keys are not ours
+
+
+def without_comments(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A job without its comments: keys that begin with ``//``, in it and in its sections, and ``$schema``."""
+    return {
+        key: without_comments(value) if isinstance(value, dict) and key not in _FREE else value
+        for key, value in data.items()
+        if not key.startswith("//") and key != "$schema"
+    }
 
 
 def is_file(path: Path) -> bool:
@@ -157,7 +169,7 @@ def read_training_of_job(data: dict[str, Any], file: str) -> tuple[dict[str, Any
     Raises:
         ConfigError: the data are no job, it has no training config, or that cannot be read.
     """
-    job: JobConfig = check(JobConfig, _absolute_paths(data, Path(file).resolve().parent), file)
+    job: JobConfig = check(JobConfig, _absolute_paths(without_comments(data), Path(file).resolve().parent), file)
     if job.training is None:
         raise ConfigError(f"{file}: training: missing; this job has no training config", file=file, key="training")
     if isinstance(job.training, dict):

@@ -10,6 +10,7 @@ from typing import Any
 
 from hpc_ds.config.job import JobConfig
 from hpc_ds.config.known_keys import ACCEPTED, ALIASES, DEPRECATED
+from hpc_ds.config.site import SiteConfig
 from hpc_ds.config.training import TrainingConfig, sections
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -17,8 +18,17 @@ _AUTO = {"const": "auto"}
 
 
 def job_schema() -> dict[str, Any]:
-    """The schema of a job file."""
-    return {"$schema": _DIALECT, **JobConfig.model_json_schema(by_alias=True)}
+    """The schema of a job file. Keys that begin with ``//`` are comments."""
+    schema = JobConfig.model_json_schema(by_alias=True)
+    for section in (schema, *schema["$defs"].values()):
+        section["patternProperties"] = {"^//": {}}
+    schema["properties"]["$schema"] = {"type": "string"}
+    return {"$schema": _DIALECT, **schema}
+
+
+def site_schema() -> dict[str, Any]:
+    """The schema of a site file."""
+    return {"$schema": _DIALECT, **SiteConfig.model_json_schema(by_alias=True)}
 
 
 def training_schema() -> dict[str, Any]:

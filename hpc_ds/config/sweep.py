@@ -32,6 +32,7 @@ _SHARED = (
     "launcher",
     "restart.signal",
     "restart.lead",
+    "script",
     "snapshot",
 )
 

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import platform
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hpc_ds.cluster.connect import scheduler_named
 from hpc_ds.cluster.precheck import Answer, ask
-from hpc_ds.cluster.shell import run as run_program
 from hpc_ds.config.load import resolved
 from hpc_ds.config.paths import check_paths
-from hpc_ds.errors import CommandError, HpcdsError, RunError, SchedulerError, SubmitError
+from hpc_ds.errors import HpcdsError, RunError, SchedulerError, SubmitError
 from hpc_ds.run_dir import RunDir, as_text, read_object, write_atomic, write_json
 from hpc_ds.script.plan import Plan, plan_of
+from hpc_ds.script.provenance import take_snapshot, write_provenance
 from hpc_ds.script.render import environment_file, render
 from hpc_ds.script.waiting import Wait, dependency, redirect, write_waits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from hpc_ds.config.job import JobConfig
     from hpc_ds.config.site import SiteConfig
@@ -66,7 +63,13 @@ def preview(job: JobConfig, site: SiteConfig, runs: Path, *, check: bool = True)
 
 
 def submit(
-    job: JobConfig, site: SiteConfig, runs: Path, *, waits: Sequence[Wait] = (), check: bool = True
+    job: JobConfig,
+    site: SiteConfig,
+    runs: Path,
+    *,
+    waits: Sequence[Wait] = (),
+    sources: Mapping[str, str] | None = None,
+    check: bool = True,
 ) -> Submitted:
     """Make the run folder and queue its job.
 
@@ -75,6 +78,7 @@ def submit(
         site: where.
         runs: where the run folder is made.
         waits: other runs that must be over first.
+        sources: where each value of the job comes from.
         check: first hold it against the site's limits, its files, and what the scheduler says of it.
 
     Raises:
@@ -85,7 +89,7 @@ def submit(
     plan = plan_of(job, site, check=check)
     if check:
         check_paths(job)
-    run = prepare(job, site, runs)
+    run = prepare(job, site, runs, sources or {})
     try:
         if check:
             plan = plan_of(job, site, ask_scheduler(run.script, job, site))
@@ -102,7 +106,11 @@ def submit(
 
 
 def submit_chain(
-    jobs: Sequence[tuple[JobConfig, SiteConfig]], runs: Path, *, waits: Sequence[Wait] = (), check: bool = True
+    jobs: Sequence[tuple[JobConfig, SiteConfig, Mapping[str, str]]],
+    runs: Path,
+    *,
+    waits: Sequence[Wait] = (),
+    check: bool = True,
 ) -> list[Submitted]:
     """Queue jobs that start one after the other, each when the one before has finished. All are checked first.
 
@@ -110,13 +118,13 @@ def submit_chain(
         ConfigError, RunError, SubmitError: see ``submit``. What was queued by then is cancelled again.
     """
     if check:
-        for job, site in jobs:
+        for job, site, _ in jobs:
             preview(job, site, runs)
     done: list[Submitted] = []
-    for job, site in jobs:
+    for job, site, sources in jobs:
         before = [Wait(done[-1].run.root, done[-1].job_id, "ok")] if done else waits
         try:
-            done.append(submit(job, site, runs, waits=before, check=False))
+            done.append(submit(job, site, runs, waits=before, sources=sources, check=False))
         except HpcdsError:
             for one in reversed(done):
                 scheduler_named(site.scheduler, one.run).cancel(one.job_id)
@@ -150,7 +158,7 @@ def unverified(plan: Plan) -> list[str]:
     return [f"site {plan.site}: not verified: {names}; look whether they are so"] if names else []
 
 
-def prepare(job: JobConfig, site: SiteConfig, runs: Path) -> RunDir:
+def prepare(job: JobConfig, site: SiteConfig, runs: Path, sources: Mapping[str, str]) -> RunDir:
     """Make the run folder of a job, with everything in it but a queued job.
 
     Raises:
@@ -160,10 +168,13 @@ def prepare(job: JobConfig, site: SiteConfig, runs: Path) -> RunDir:
     variables = variables_of(job, site)
     run = RunDir.create(runs, job.name)
     try:
+        snapshot = None
+        if job.snapshot:
+            job, snapshot = take_snapshot(job, run.code)
         write_atomic(run.script, render(job, site, run), mode=0o755)
         write_atomic(run.env, variables, mode=0o600)
         write_json(run.site, site.model_dump(mode="json"))
-        write_json(run.provenance, provenance_of(job))
+        write_provenance(run.root, job, sources, snapshot)
         write_json(run.config, resolved(job))
     except BaseException as error:
         shutil.rmtree(run.root, ignore_errors=True)
@@ -242,34 +253,3 @@ def reconfigure(run: RunDir, texts: dict[Path, str], attempt: int) -> Callable[[
             kept_config.unlink()
 
     return undo
-
-
-def provenance_of(job: JobConfig) -> dict[str, Any]:
-    """Who submitted what from where, with which versions. Names of variables, never their values."""
-    from hpc_ds.version import __version__
-
-    return {
-        "user": _user(),
-        "host": platform.node(),
-        "submitted": time.time(),
-        "workdir": job.workdir,
-        "git_commit": _git_commit(job.workdir or "."),
-        "versions": {"hpc_ds": __version__, "python": platform.python_version()},
-        "python": sys.executable,
-        "environment": sorted({*job.env, *job.env_from}),
-    }
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container that knows only numbers
-        return str(os.getuid())
-
-
-def _git_commit(folder: str) -> str | None:
-    try:
-        answer = run_program(["git", "-C", folder, "rev-parse", "HEAD"], timeout_s=5.0, check=False)
-    except CommandError:
-        return None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hpc_ds.cluster.local import start_array
@@ -19,13 +19,14 @@ from hpc_ds.config.paths import check_paths
 from hpc_ds.errors import RunError, SchedulerError, SubmitError
 from hpc_ds.run_dir import RunDir, as_text, new_folder, read_object, remember, write_atomic, write_json
 from hpc_ds.script.plan import plan_of
+from hpc_ds.script.provenance import take_snapshot, write_provenance
 from hpc_ds.script.render import render
-from hpc_ds.script.submit import provenance_of, unverified, variables_of
+from hpc_ds.script.submit import unverified, variables_of
 from hpc_ds.script.waiting import dependency
 from hpc_ds.sweep_dir import SweepDir
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from hpc_ds.config.job import JobConfig
@@ -78,7 +79,13 @@ def preview_sweep(wanted: Sweep, site: SiteConfig, runs: Path, *, check: bool = 
 
 
 def submit_sweep(
-    wanted: Sweep, site: SiteConfig, runs: Path, *, waits: Sequence[Wait] = (), check: bool = True
+    wanted: Sweep,
+    site: SiteConfig,
+    runs: Path,
+    *,
+    waits: Sequence[Wait] = (),
+    sources: Mapping[str, str] | None = None,
+    check: bool = True,
 ) -> SubmittedSweep:
     """Make the folder of a sweep with all its runs, and queue them as one array.
 
@@ -92,7 +99,7 @@ def submit_sweep(
         raise SubmitError("--after: a sweep on site local cannot wait for other runs; submit it when they are over")
     if check:
         _check(wanted)
-    sweep = _prepare(wanted, site, runs)
+    sweep = _prepare(wanted, site, runs, sources or {})
     try:
         if check and site.scheduler == "slurm":
             resources = wanted.base.resources
@@ -170,22 +177,29 @@ def _of_array(marked: str, wanted: Sweep) -> str:
     return "\n".join([first, f"#SBATCH --array=1-{len(wanted.jobs)}{throttle}", *lines])
 
 
-def _prepare(wanted: Sweep, site: SiteConfig, runs: Path) -> SweepDir:
+def _prepare(wanted: Sweep, site: SiteConfig, runs: Path, sources: Mapping[str, str]) -> SweepDir:
     variables = [variables_of(job, site) for job in wanted.jobs]
     sweep = SweepDir(new_folder(runs, wanted.base.name))
     try:
+        snapshot = None
+        if wanted.base.snapshot:
+            base, snapshot = take_snapshot(wanted.base, sweep.root / "code")
+            moved = {"workdir": base.workdir, "script": base.script}
+            wanted = replace(wanted, base=base, jobs=[job.model_copy(update=moved) for job in wanted.jobs])
+        write_provenance(sweep.root, wanted.base, sources, snapshot)
+        origin = sweep.provenance.read_text(encoding="utf-8")
         marked = _marked(wanted, site, sweep.root)
         if site.scheduler == "slurm":
             write_atomic(sweep.script, _of_array(marked, wanted), mode=0o755)
-        shared = {"site": as_text(site.model_dump(mode="json")), "provenance": as_text(provenance_of(wanted.base))}
+        site_text = as_text(site.model_dump(mode="json"))
         for number, (job, text) in enumerate(zip(wanted.jobs, variables, strict=True), 1):
             run = sweep.run(number)
             run.root.mkdir()
             run.make_folders()
             write_atomic(run.script, _of_run(marked, number), mode=0o755, durable=False)
             write_atomic(run.env, text, mode=0o600, durable=False)
-            write_atomic(run.site, shared["site"], durable=False)
-            write_atomic(run.provenance, shared["provenance"], durable=False)
+            write_atomic(run.site, site_text, durable=False)
+            write_atomic(run.provenance, origin, durable=False)
             write_json(run.config, resolved(job), durable=False)
         tasks = [{"number": number, "values": point} for number, point in enumerate(wanted.points, 1)]
         data = {"name": wanted.base.name, "site": site.name, "throttle": wanted.throttle, "tasks": tasks}

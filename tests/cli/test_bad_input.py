@@ -70,6 +70,10 @@ BAD: dict[tuple[str, ...], tuple[int, str]] = {
     ("status", "gpt", "--json"): (2, "run 'gpt': neither"),
     ("status", "gpt", "--watch"): (2, "run 'gpt': neither"),
     ("status", "train", "gpt"): (2, "run 'train': neither"),
+    ("rerun", "gpt"): (2, "run 'gpt': neither"),
+    ("submit", "job.json", "--sweep", "steps", *SLURM): (2, "--sweep 'steps': neither KEY=VALUE,... nor a file"),
+    ("submit", "job.json", "--sweep", "steps=1", "--chain", *SLURM): (2, "--sweep, --chain: give one of them"),
+    ("submit", "train.py", "--snapshot", *SLURM): (2, "snapshot: '"),
     ("history", "gpt"): (2, "run 'gpt': neither"),
     ("report", "gpt", "--json"): (2, "run 'gpt': neither"),
     ("requeue", "gpt"): (2, "run 'gpt': neither"),
@@ -253,6 +257,19 @@ def test_a_submitted_job_is_told_to_people_and_to_programs(runs: Runs) -> None:
     people = runs.hpcds("submit", "job.json", *SLURM).stdout.splitlines()
     assert people[0] == "job 25 on site slurm"
     assert people[1].startswith(f"run {runs.folder}/runs/gpt-")
+
+
+def test_a_run_is_run_again_as_a_new_one(runs: Runs) -> None:
+    with_slurm(runs, sbatch="echo 25")
+    first = json.loads(runs.hpcds("submit", "job.json", *SLURM, "--nodes", "2", "--json").stdout)
+    done = runs.hpcds("rerun", "gpt", "--set", "steps=7", "--json")
+    assert done.stderr == "hpcds: warning: the code is not known to git: it runs as it is now\n"
+    second = json.loads(done.stdout)
+    assert second["run_dir"] != first["run_dir"]
+    found = json.loads((runs.folder / second["run_dir"] / "config.json").read_text())
+    assert (found["resources"]["nodes"], found["steps"]) == (2, 7)
+    sources = json.loads((runs.folder / first["run_dir"] / "provenance.json").read_text())["sources"]
+    assert (sources["resources.nodes"], sources["command"], sources["steps"]) == ("option", "job.json", "default")
 
 
 def test_a_held_job_is_released_and_a_running_one_left_alone(runs: Runs) -> None:

@@ -61,10 +61,13 @@ for _key in sorted(
         BELOW.setdefault(_section, []).append(_rest.rpartition(".")[2])
 
 
+NAMES = st.text(max_size=3) | st.sampled_from(["//", "// name", "$schema"])
+
+
 @st.composite
 def jobs(draw: st.DrawFn) -> dict[str, Any]:
     """A job with keys that exist, and anything in them."""
-    data = draw(st.dictionaries(st.sampled_from(keys_of(JobConfig)) | st.text(max_size=3), ANYTHING, max_size=4))
+    data = draw(st.dictionaries(st.sampled_from(keys_of(JobConfig)) | NAMES, ANYTHING, max_size=4))
     for section in draw(st.sets(st.sampled_from(sorted(SECTIONS)), max_size=2)):
         data[section] = draw(st.dictionaries(st.sampled_from(SECTIONS[section]), ANYTHING, max_size=3))
     return {"script": SCRIPT, **data}
@@ -134,4 +137,5 @@ def test_any_training_config_is_explained_or_refused_in_one_sentence(data: dict[
 def test_the_fuzz_knows_the_keys() -> None:
     assert "nodes" in SECTIONS["resources"]
     assert "async" in SECTIONS["checkpoint"]
+    assert {"parameters", "inputs", "snapshot"} <= set(keys_of(JobConfig))
     assert {"stage", "device", "cpu_offload", "overlap_comm", "max_live_parameters"} <= set(BELOW["zero_optimization"])
