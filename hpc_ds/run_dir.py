@@ -9,6 +9,7 @@ RUNS/<name>-<stamp>/
     code/                with snapshot: the copy of the code that the run runs from
     script.sbatch        what the scheduler was given
     env.sh               environment of the job, mode 0600
+    environment.toml     runtime edf: the container, with the mounts of the run
     after.json           what the run waited for when it was submitted
     dependents.jsonl     the runs that wait for this one
     job.json             the scheduler's job id; written again by ``resume``
@@ -56,6 +57,7 @@ class RunDir:
         self.code = root / "code"
         self.script = root / "script.sbatch"
         self.env = root / "env.sh"
+        self.environment_definition = root / "environment.toml"
         self.after = root / "after.json"
         self.dependents = root / "dependents.jsonl"
         self.job = root / "job.json"

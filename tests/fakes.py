@@ -61,7 +61,7 @@ class FakeScheduler:
         self._failures = failures
         self.requests: list[str] = []
         self.shown: list[str] = []
-        self.down: set[str] = set()
+        self.dead: set[str] = set()
 
     def show(self, job_id: str) -> JobState | None:
         self.shown.append(job_id)
@@ -99,8 +99,8 @@ class FakeScheduler:
     def kill_wait_s(self) -> float:
         return 8.0
 
-    def is_down(self, node: str) -> bool:
-        return node in self.down
+    def down(self, nodes: Sequence[str]) -> list[str]:
+        return [node for node in nodes if node in self.dead]
 
     def release(self, job_id: str) -> None:
         self._request("release", job_id)

@@ -24,6 +24,7 @@ from hpc_ds.errors import CheckpointError, DamagedError
 from hpc_ds.run_dir import write_atomic
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 FORMAT = 2  # 1 was torch.distributed.checkpoint's files with a manifest
@@ -221,20 +222,18 @@ def read_latest(folder: Path) -> str:
         return ""
 
 
-def listed(folder: Path) -> list[tuple[Path, Saved | None, str | None]]:
+def listed(folder: Path) -> Iterator[tuple[Path, Saved | None, str | None]]:
     """Every checkpoint of a folder in the order of ``candidates``: its folder, its manifest, what is wrong with it.
 
     Wrong is what one look at each file shows; for checksums see hpc_ds/checkpoint/verify.py.
     """
-    found: list[tuple[Path, Saved | None, str | None]] = []
     for path in candidates(folder):
         try:
             saved = read_manifest(path)
         except CheckpointError as error:
-            found.append((path, None, str(error)))
+            yield path, None, str(error)
         else:
-            found.append((path, saved, wrong_size(saved)))
-    return found
+            yield path, saved, wrong_size(saved)
 
 
 def newest_step(folder: Path) -> int | None:

@@ -156,9 +156,9 @@ class Local:
         """The site's, as the run keeps it."""
         return float(read_object(self._run.site).get("kill_wait_s", 30.0))
 
-    def is_down(self, node: str) -> bool:
-        """Never: this program runs on it."""
-        return node != os.uname().nodename
+    def down(self, nodes: Sequence[str]) -> list[str]:  # noqa: ARG002
+        """None: of another machine nothing is known."""
+        return []
 
     def _request(self, job_id: str, action: str) -> None:
         data = read_object(self._state)
@@ -166,7 +166,10 @@ class Local:
             raise SchedulerError(f"job {job_id}: not known on this machine; look at `hpcds status`")
         if not process.is_alive(data["pid"], data["started"]):
             raise SchedulerError(f"job {job_id}: it ended already; look at `hpcds status`")
-        self._requests.mkdir(parents=True, exist_ok=True)
-        write_json(self._requests / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", {"action": action})
+        try:
+            self._requests.mkdir(parents=True, exist_ok=True)
+            write_json(self._requests / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", {"action": action})
+        except OSError as error:
+            raise SchedulerError(f"job {job_id}: its keeper cannot be asked: {error.strerror}; make room") from None
         with contextlib.suppress(ProcessLookupError):
             os.kill(data["pid"], signal.SIGUSR1)

@@ -92,6 +92,7 @@ class Keeper:
             "started": process.start_time(os.getpid()),
         }
         self.job = JobState("PENDING")
+        self._shown = False
 
     def keep(self, *, wait: bool = False) -> None:
         """Run the job until it ends for good or is held; with ``wait`` only after what stands in ``after.json``."""
@@ -123,7 +124,20 @@ class Keeper:
     def change(self, **fields: object) -> None:
         """Change the state of the job and show it to clients."""
         self.job = replace(self.job, **fields)  # type: ignore[arg-type] # the callers are in this class
-        write_json(self._run.local / "state.json", {**self._identity, "job": asdict(self.job)})
+        self._show()
+
+    def show_again(self) -> None:
+        """Write the state down, where that failed before."""
+        if not self._shown:
+            self._show()
+
+    def _show(self) -> None:
+        """Write the state down; on a full disk it is tried again later."""
+        try:
+            write_json(self._run.local / "state.json", {**self._identity, "job": asdict(self.job)})
+            self._shown = True
+        except OSError:
+            self._shown = False
 
     def _run_once(self) -> str:
         """One start of the job; returns how it ended: requeue, hold or end."""
@@ -193,6 +207,7 @@ class _Ending:
             for action in self._keeper.requests():
                 self._act(action)
             self._look_at_the_clock()
+            self._keeper.show_again()
         self._sweep()
 
     def _sleep(self) -> None:

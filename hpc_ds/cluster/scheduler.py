@@ -100,8 +100,8 @@ class Scheduler(Protocol):
     def kill_wait_s(self) -> float:
         """Seconds between the SIGTERM and the SIGKILL at the end of a job."""
 
-    def is_down(self, node: str) -> bool:
-        """Whether a node is known not to work."""
+    def down(self, nodes: Sequence[str]) -> list[str]:
+        """Those of some nodes that are known not to work; one that takes no new jobs does work."""
 
     def release(self, job_id: str) -> None:
         """Let a held job start."""

@@ -33,6 +33,7 @@ _FOR_NOW = re.compile(
     re.IGNORECASE,
 )
 _DEFAULT_KILL_WAIT_S = 30.0
+_IS_GONE = re.compile(r"down|fail|.*\*")  # an asterisk: it does not answer
 
 
 def is_for_now(stderr: str) -> bool:
@@ -164,13 +165,15 @@ class Slurm:
         match = re.search(r"^KillWait\s*=\s*(\d+)", said, re.MULTILINE)
         return float(match[1]) if match else _DEFAULT_KILL_WAIT_S
 
-    def is_down(self, node: str) -> bool:
-        """Whether Slurm counts a node as down, or has no answer from it."""
+    def down(self, nodes: Sequence[str]) -> list[str]:
+        """Those of some nodes that Slurm counts as down, or has no answer from; one that is drained works on."""
+        command = ["sinfo", "--noheader", "--Node", "--nodes", ",".join(nodes), "--format=%N %T"]
         try:
-            state = self._shell(["sinfo", "--noheader", "--nodes", node, "--format=%T"], timeout_s=20.0).stdout
+            lines = [line.split() for line in self._shell(command, timeout_s=20.0).stdout.splitlines()]
         except SchedulerError:
-            return False
-        return any(IS_DOWN.match(word) for word in state.split())
+            return []
+        gone = {words[0] for words in lines if len(words) == 2 and _IS_GONE.match(words[1])}
+        return [node for node in nodes if node in gone]
 
     def _ask(self, command: list[str]) -> None:
         """Ask for something that Slurm may decline.

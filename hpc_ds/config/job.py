@@ -134,17 +134,47 @@ class Resources(Model):
         return self.nodes * self.ranks_per_node
 
 
-class Runtime(Model):
-    """Which Python the job runs with."""
+CONTAINERS = ("apptainer", "pyxis", "shifter", "edf")
+_ENVIRONMENTS = ("venv", "conda")
+# Ranks would not learn which run they belong to.
+_CUT_OFF = ("-e", "--cleanenv", "-C", "--containall")
 
-    kind: Literal["current", "venv"] = "current"
-    path: Line | None = Field(None, description="the virtual environment's folder, for kind venv")
+
+class Runtime(Model):
+    """Which Python the job runs with, and in which container its ranks run."""
+
+    kind: Literal["current", "venv", "conda", "apptainer", "pyxis", "shifter", "edf"] = "current"
+    path: Line | None = Field(None, description="the environment's folder, for kinds venv and conda")
+    image: Line | None = Field(
+        None, description="the container's image; for kind edf its environment file, or its name"
+    )
+    options: list[Line] = Field(default_factory=list, description="further options of the container's runtime")
+    binds: list[Line] = Field(
+        default_factory=list, description="folders that ranks need in the container: PATH or PATH:WHERE"
+    )
+    python: Line = Field("python", description="the interpreter in the container, for a script")
+
+    @property
+    def in_container(self) -> bool:
+        """Whether the ranks run in a container; the supervisor never does."""
+        return self.kind in CONTAINERS
 
     @model_validator(mode="after")
-    def _path_where_needed(self) -> Runtime:
-        if (self.kind == "venv") != (self.path is not None):
+    def _what_the_kind_needs(self) -> Runtime:
+        for name, value, kinds in (("path", self.path, _ENVIRONMENTS), ("image", self.image, CONTAINERS)):
+            if (self.kind in kinds) != (value is not None):
+                raise ValueError(
+                    f"{name} {value!r} does not fit kind {self.kind!r}; kinds {', '.join(kinds)} need one, no other has one"
+                )
+        if not self.in_container and (self.options or self.binds):
+            raise ValueError(f"options, binds: of a container, which kind {self.kind!r} is not; leave them out")
+        for bind in self.binds:
+            if not bind.startswith("/") or any(char in bind for char in ",;$"):
+                raise ValueError(f"binds {bind!r}: not PATH or PATH:WHERE; begin with / and use none of , ; $")
+        cut_off = [option for option in self.options if self.kind == "apptainer" and option in _CUT_OFF]
+        if cut_off:
             raise ValueError(
-                f"path {self.path!r} does not fit kind {self.kind!r}; kind 'venv' needs a path, no other has one"
+                f"options {cut_off[0]!r}: would hide from the ranks which run they belong to; leave it out"
             )
         return self
 
@@ -310,5 +340,5 @@ def lead_s(job: JobConfig) -> int:
 
 
 def python_of(job: JobConfig) -> str:
-    """The interpreter that the job runs with."""
+    """The interpreter of the batch host: that of the ranks too, where these are in no container."""
     return sys.executable if job.runtime.path is None else str(Path(job.runtime.path) / "bin" / "python")

@@ -246,7 +246,15 @@ def _absolute_paths(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
     for section, key in (("checkpoint", "dir"), ("runtime", "path")):
         if isinstance(data.get(section), dict) and isinstance(data[section].get(key), str):
             data[section] = {**data[section], key: _absolute(base, data[section][key], f"{section}.{key}")}
+    runtime = data.get("runtime")
+    if isinstance(runtime, dict) and isinstance(runtime.get("image"), str) and _is_path(runtime["image"]):
+        data["runtime"] = {**runtime, "image": _absolute(base, runtime["image"], "runtime.image")}
     return data
+
+
+def _is_path(image: str) -> bool:
+    """Whether an image is a file, and not a name that a registry or search path knows."""
+    return image.startswith(("/", "./", "../", "~")) or image.endswith((".sif", ".sqsh", ".img", ".toml"))
 
 
 def _absolute(base: Path, text: str, key: str) -> str:
@@ -280,6 +288,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 _TEXT_KEYS = {
     "name", "script", "site", "launcher", "templates", "restart.signal", "checkpoint.dir", "runtime.kind", "runtime.path",
+    "runtime.image", "runtime.python",
     *(f"resources.{key}" for key in ("mem", "time", "partition", "account", "qos", "constraint")),
 }  # fmt: skip
 

@@ -23,12 +23,15 @@ def check_paths(job: JobConfig) -> None:
         raise ConfigError(f"script {job.script!r}: no such file; check the path", key="script", value=job.script)
     if job.workdir is not None and not _exists(job.workdir, folder=True):
         raise ConfigError(f"workdir {job.workdir!r}: no such folder; check the path", key="workdir", value=job.workdir)
-    if job.runtime.kind == "venv" and not _exists(f"{job.runtime.path}/bin/python"):
+    if job.runtime.path is not None and not _exists(f"{job.runtime.path}/bin/python"):
         raise ConfigError(
-            f"runtime.path {job.runtime.path!r}: no bin/python in it; make the virtual environment first",
+            f"runtime.path {job.runtime.path!r}: no bin/python in it; make the environment first",
             key="runtime.path",
             value=job.runtime.path,
         )
+    image = job.runtime.image
+    if image is not None and image.startswith("/") and not _exists(image):
+        raise ConfigError(f"runtime.image {image!r}: no such file; check the path", key="runtime.image", value=image)
     for path in job.inputs:
         if not _exists(path):
             raise ConfigError(f"inputs {path!r}: no such file or folder; check the path", key="inputs", value=path)

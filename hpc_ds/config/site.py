@@ -16,8 +16,6 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from hpc_ds.config.job import Line, Positive, check_option_names, check_variable_names, time_limit_s
 from hpc_ds.config.model import Model
 
-CONTAINERS = ("apptainer", "pyxis", "shifter", "edf")
-
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Container = Literal["apptainer", "pyxis", "shifter", "edf"]

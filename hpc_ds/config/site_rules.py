@@ -126,6 +126,7 @@ def check_job(job: JobConfig, site: SiteConfig) -> list[str]:
         ConfigError: one sentence with the key, its value, and what is allowed.
     """
     if site.scheduler == "local":
+        _refuse_options_of_srun(job, site)
         return []
     warnings = []
     for one in (*_requests(job, site), *_shape(job, site), *_account(job, site), *_time(job, site)):
@@ -134,6 +135,15 @@ def check_job(job: JobConfig, site: SiteConfig) -> list[str]:
             raise ConfigError(f"{_subject(one)}: {one.wrong}; {one.cure}", key=one.key, value=one.value)
         warnings.append(f"{_subject(one)}: {one.wrong} (not verified: {known[1].source}); {one.cure}")
     return [*warnings, *_surprises(job, site)]
+
+
+def _refuse_options_of_srun(job: JobConfig, site: SiteConfig) -> None:
+    if job.runtime.kind in {"pyxis", "edf"}:
+        raise ConfigError(
+            f"runtime.kind {job.runtime.kind!r}: an option of srun, which site {site.name!r} does not have; use apptainer",
+            key="runtime.kind",
+            value=job.runtime.kind,
+        )
 
 
 def _subject(complaint: Complaint) -> str:
@@ -250,6 +260,9 @@ def _surprises(job: JobConfig, site: SiteConfig) -> Iterator[str]:
     qos = asked(job, site, "qos")
     if qos is not None and site.qos and qos not in site.qos:
         yield f"resources.qos {qos!r}: the file of site {site.name!r} knows only {', '.join(sorted(site.qos))}"
+    if job.runtime.in_container and site.containers and job.runtime.kind not in site.containers:
+        known = ", ".join(site.containers)
+        yield f"runtime.kind {job.runtime.kind!r}: the file of site {site.name!r} knows only {known}"
     if site.requeue == "refused":
         yield f"site {site.name!r}: jobs may not be queued again; a run goes on in jobs of their own instead"
 

@@ -6,6 +6,7 @@ reads srun's messages and ends the step itself.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING
 
 from hpc_ds.cluster import process
 from hpc_ds.cluster.parse import parse_due_to, parse_lost_node, parse_task_end
-from hpc_ds.config.site_rules import gpus_per_rank, takes_full_nodes
+from hpc_ds.config.site_rules import fitted, gpus_per_rank, takes_full_nodes
+from hpc_ds.errors import NodeListError
+from hpc_ds.launch.container import container_options, rank_command
 from hpc_ds.launch.failure import Failure, TaskEnd, in_words, last_lines
 from hpc_ds.launch.node_list import expand
 from hpc_ds.launch.runner import CHECKPOINTED
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
     from hpc_ds.config.job import JobConfig, Resources
     from hpc_ds.config.site import SiteConfig
+    from hpc_ds.run_dir import RunDir
 
 _PATIENCE_S = 10.0
 _KILL_PATIENCE_S = 20.0
@@ -72,6 +76,12 @@ def site_options(job: JobConfig, site: SiteConfig) -> list[str]:
     return options
 
 
+def step_command(job: JobConfig, site: SiteConfig, run: RunDir, components: int = 1) -> list[str]:
+    """The whole srun command line of the ranks of a run: as job, site and container want it."""
+    options = [*site_options(job, site), *container_options(job, site, run)]
+    return srun_command(rank_command(job, site, run), fitted(job, site), options, components)
+
+
 def components_of(environ: Mapping[str, str]) -> int:
     """Components of the heterogeneous job that this allocation is; 1 of any other."""
     size = environ.get("SLURM_HET_SIZE", "1")
@@ -84,8 +94,8 @@ def first_ranks(environ: Mapping[str, str]) -> dict[str, int]:
     before = 0
     for group in range(components_of(environ)):
         nodes = environ.get(f"SLURM_JOB_NODELIST_HET_GROUP_{group}", "")
-        for node in expand(nodes) if nodes else ():
-            first[node] = before
+        with contextlib.suppress(NodeListError):  # then ranks are numbered within their component
+            first |= dict.fromkeys(expand(nodes) if nodes else (), before)
         before += int(environ.get(f"SLURM_NTASKS_HET_GROUP_{group}", "0"))
     return first
 
@@ -135,7 +145,7 @@ class SrunRunner:
         code = 128 - code if code < 0 else code
         if self.ends:
             return self.ends[0].exit_code
-        if code == 0 and self._kill_at is not None:
+        if code == 0 and (self._kill_at is not None or self.lost_node):
             return 128 + signal.SIGTERM  # srun does not always say that it was ended
         if self.failure is None and code not in {0, CHECKPOINTED}:
             words = last_lines(self._messages)
@@ -143,9 +153,12 @@ class SrunRunner:
         return code if self.failure is None else self.failure.exit_code
 
     def _read_messages(self) -> None:
-        with self._messages.open("rb") as messages:
-            messages.seek(self._read)
-            text = messages.read()
+        try:
+            with self._messages.open("rb") as messages:
+                messages.seek(self._read)
+                text = messages.read()
+        except OSError:  # a file server that does not answer as it should: what srun returns still counts
+            return
         whole = text[: text.rfind(b"\n") + 1]
         self._read += len(whole)
         for line in whole.decode(errors="replace").splitlines():

@@ -12,7 +12,7 @@ from hpc_ds.run_dir import RunDir, append_line, read_lines, read_object
 
 log = logging.getLogger("hpc_ds")
 
-_UNPREPARED = {"crashed", "lost", "requeued", "node_failure"}  # causes of the ledger
+_UNPREPARED = {"crashed", "hang", "lost", "requeued", "node_failure"}  # causes of the ledger
 
 
 class CurrentRun:

@@ -19,6 +19,7 @@ from hpc_ds.config.job import lead_s, python_of, time_limit_s
 from hpc_ds.config.load import own_folder
 from hpc_ds.config.site_rules import said
 from hpc_ds.errors import ConfigError, SiteError
+from hpc_ds.launch.container import mounts
 from hpc_ds.script.options import sbatch_options
 from hpc_ds.shipped import shipped
 
@@ -150,6 +151,7 @@ def environment_file(job: JobConfig, site: SiteConfig, environ: dict[str, str]) 
 
 def _values(job: JobConfig, site: SiteConfig, run: RunDir) -> dict[str, Any]:
     limit = job.resources.time
+    mounts(job, run)  # refuses now what could not be mounted then
     return {
         "options": sbatch_options(job, site, run),
         "modules": site.modules,
@@ -157,6 +159,7 @@ def _values(job: JobConfig, site: SiteConfig, run: RunDir) -> dict[str, Any]:
         "run_dir": run.root,
         "env_file": run.env,
         "workdir": job.workdir,
+        "conda": job.runtime.path if job.runtime.kind == "conda" else None,
         "python": python_of(job),
         "time_limit_s": None if limit is None else time_limit_s(limit),
         "lead_s": lead_s(job),

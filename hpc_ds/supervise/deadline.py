@@ -46,6 +46,7 @@ class Deadline:
 
     Attributes:
         end: when the job ends, as far as is known.
+        limit: the same, by its time limit and not because the scheduler ends it before.
     """
 
     def __init__(self, run: RunDir, job: JobConfig) -> None:
@@ -55,11 +56,12 @@ class Deadline:
         self._final = False
         self._written: str | None = None
         self.end: float | None = None
+        self.limit: float | None = None
 
     @property
     def earliest_begin(self) -> float | None:
         """From when on a stop is one for the time limit: by the signal or by the measured lead, whichever is longer."""
-        return None if self.end is None else self.end - max(self._lead, float(lead_s(self._job)))
+        return None if self.limit is None else self.limit - max(self._lead, float(lead_s(self._job)))
 
     def learn(self, *, step_s: float | None, save_s: float | None) -> None:
         """Take up what steps and saves take now."""
@@ -71,6 +73,7 @@ class Deadline:
         if self._final and not final:
             return
         self.end, self._final = end, final
+        self.limit = self.limit if final else end
         self._write()
 
     def _write(self) -> None:

@@ -6,10 +6,11 @@ Two rules, because there are two ways to stand still:
   hang after ten times the longest step, at least a minute. Before the second step, and while any rank saves, loads or
   ends, it is one after ``hang_minutes``.
 - Something moves, but the engine does nothing: a data loader that asks for ever, an evaluation that never ends. That is
-  a hang after ``hang_minutes``.
+  a hang after ``hang_minutes``, once there is an engine or the program has told of a step.
 
 Silence is judged by the supervisor's own clock, from a number that goes up with each sign of life; clocks of machines
-are never compared. A pause of the supervisor itself (a suspended job, a frozen machine) starts every count anew.
+are never compared. Where nothing can be written to the folder of the signs, silence says nothing. A pause of the
+supervisor itself (a suspended job, a frozen machine) starts every count anew.
 """
 
 from __future__ import annotations
@@ -115,12 +116,10 @@ class HangWatch:
         if now - self._looked_at > _PAUSED_S:
             self._since = now
             self._moved.clear()
-        self._looked_at = now
-        if self._bound_s is None:
-            return None
-        beats = read_beats(self._beats)
-        if not beats:
-            return None  # a program that does not know us
+        beats = read_beats(self._beats) if self._bound_s is not None else []
+        self._looked_at = self._clock()  # reading takes time too, where the file server is slow
+        if self._bound_s is None or not beats:
+            return None  # not asked for, or a program that does not know us
         silent = self._silence(beats, now)
         awake = now - self._since
         stands_s = min(min(beat.still_s, awake) + silent[beat.rank] for beat in beats)
@@ -128,11 +127,23 @@ class HangWatch:
         learned_s = self._bound_s
         if step_s is not None and not any(beat.phase in _TAKE_THEIR_TIME for beat in beats):
             learned_s = min(max(_STEPS * step_s, _SHORTEST_S), self._bound_s)
+        trains = any(beat.step is not None or beat.phase != "starting" for beat in beats)  # it tells of what it does
+        what = ""
         if stands_s > learned_s:
-            return self._hang(f"every rank has stood still for {stands_s:.0f} s", beats, silent)
-        if idle_s > self._bound_s:
-            return self._hang(f"nothing has been trained for {idle_s:.0f} s", beats, silent)
-        return None
+            what = f"every rank has stood still for {stands_s:.0f} s"
+        elif trains and idle_s > self._bound_s:
+            what = f"nothing has been trained for {idle_s:.0f} s"
+        return self._hang(what, beats, silent) if what and self._can_be_written() else None
+
+    def _can_be_written(self) -> bool:
+        """Whether ranks could give signs of life: not on a full disk, nor on a file server that is away."""
+        try:
+            probe = self._beats / ".probe"
+            probe.write_bytes(b" " * _BEAT_BYTES)
+            probe.unlink()
+        except OSError:
+            return False
+        return True
 
     def _silence(self, beats: list[Beat], now: float) -> dict[int, float]:
         for beat in beats:

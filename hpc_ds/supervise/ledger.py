@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.checkpoint.layout import newest_step
+from hpc_ds.errors import RunError
 from hpc_ds.run_dir import append_line, read_lines, read_object
 from hpc_ds.supervise.progress import Progress
+from hpc_ds.supervise.say import say
 from hpc_ds.tail import end_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hpc_ds.run_dir import RunDir
+
+
+_CLAIM_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,32 +80,56 @@ def read_ledger(run: RunDir) -> list[Attempt]:
 
 
 def open_attempt(
-    run: RunDir, job_id: str, host: str, nodes: str, *, is_down: Callable[[str], bool] = lambda _node: False
+    run: RunDir, job_id: str, host: str, nodes: str, *, down: Callable[[list[str]], list[str]] = lambda _nodes: []
 ) -> Attempt:
     """Open the next attempt; one that a killed supervisor left open is closed first.
+
+    Two jobs that begin in the same moment do not both get it: the folder of its logs can be made once.
 
     Args:
         run: whose ledger.
         job_id: of the job that this attempt is.
         host: on which the supervisor runs.
         nodes: of the job.
-        is_down: whether a node does not work now: then it took its supervisor with it.
+        down: those of some nodes that do not work now: such a one took its supervisor with it.
+
+    Raises:
+        RunError: another job has begun the attempt.
     """
     attempts = read_ledger(run)
     if attempts and attempts[-1].cause is None:
         last = attempts[-1]
         known = {"action": "leave", **outcome(run, last.opened, _read_again(run, last.number))}
         known["closed"] = max(last.opened, _last_sign_of(run, last.number))
-        if last.host != host and is_down(last.host):
+        if last.host != host and down([last.host]):
             detail = f"node {last.host} was lost, and the supervisor with it"
             close_attempt(run, last.number, cause="node_failure", node=last.host, detail=detail, **known)
         else:
             detail = "the supervisor was killed before it could say why"
             close_attempt(run, last.number, cause="lost", detail=detail, **known)
-    attempt = Attempt(number=len(attempts) + 1, job_id=job_id, host=host, nodes=nodes, opened=time.time())
+    number = _claim(run, attempts[-1].number + 1 if attempts else 1)
+    attempt = Attempt(number=number, job_id=job_id, host=host, nodes=nodes, opened=time.time())
     opened = {"number": attempt.number, "job_id": job_id, "host": host, "nodes": nodes, "opened": attempt.opened}
     _write(run, {"event": "opened", **opened})
     return attempt
+
+
+def _claim(run: RunDir, number: int) -> int:
+    """Make the attempt with this number, or one after it, ours alone."""
+    while True:
+        try:
+            run.attempt_logs(number).mkdir(parents=True)
+        except FileExistsError:
+            time.sleep(_CLAIM_S)  # whoever made it writes it into the ledger at once
+            if any(attempt.number == number for attempt in read_ledger(run)):
+                raise RunError(
+                    f"run {str(run.root)!r}: another job began attempt {number} in the same moment; cancel one of them"
+                ) from None
+            number += 1  # it never got as far: its disk was full, or it was killed
+        except OSError:
+            return number  # no folder can be made: that is told where logs are opened
+        else:
+            return number
 
 
 def _read_again(run: RunDir, number: int) -> Progress:
@@ -128,7 +156,7 @@ def _write(run: RunDir, line: dict[str, Any]) -> None:
     try:
         append_line(run.ledger, line)
     except OSError as error:
-        sys.stderr.write(f"hpcds: ledger {str(run.ledger)!r}: not written: {error.strerror}: {json.dumps(line)}\n")
+        say(f"ledger {str(run.ledger)!r}: not written: {error.strerror}: {json.dumps(line)}")
 
 
 def outcome(run: RunDir, opened: float, progress: Progress) -> dict[str, Any]:
@@ -157,7 +185,9 @@ def saved_step(run: RunDir, told: int | None = None) -> int | None:
         told: the last save that rank 0 told of, where that is known.
     """
     folder = read_object(run.config).get("checkpoint", {}).get("dir") or run.checkpoints
-    committed = newest_step(Path(folder))
+    committed = None
+    with contextlib.suppress(OSError):  # a file server that does not answer as it should
+        committed = newest_step(Path(folder))
     if committed is not None or told is not None:
         return committed if committed is not None else told
     said = [int(event["step"]) for event in end_of(run.events) if event.get("event") == "saved"]

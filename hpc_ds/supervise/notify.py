@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from hpc_ds.cluster.hook import Hook
-from hpc_ds.supervise.talk import say
+from hpc_ds.supervise.say import say
 
 if TYPE_CHECKING:
     from hpc_ds.config.job import JobConfig

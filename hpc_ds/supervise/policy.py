@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 _VAIN_STOPS = 3
 _ASKED = {"stopped", "walltime"}
-# 75, or dead by a signal that asks to stop, before the rank listened for it (torch takes long to load).
-_TOLD = {CHECKPOINTED, 128 + signal.SIGTERM, 128 + signal.SIGUSR2}
 _FAILURES = {"crashed": "crashed", "hang": "hung"}
 _NOUNS = {"crashed": "crash", "hang": "hang"}
 _ENDING = {"CANCELLED", "COMPLETING", "COMPLETED", "DEADLINE", "REVOKED"}
@@ -59,6 +57,8 @@ class Ended:
         near_limit: it was time to save for the time limit.
         hung: the supervisor ended the ranks because none moved any more.
         overdue: the supervisor ended the ranks because the job ends and they had not stopped.
+        joined: the run's program tells us of its steps, so it keeps to our exit codes.
+        warning: the signal that announces the time limit.
     """
 
     exit_code: int
@@ -69,6 +69,16 @@ class Ended:
     near_limit: bool = False
     hung: bool = False
     overdue: bool = False
+    joined: bool = True
+    warning: signal.Signals = signal.SIGUSR2
+
+    @property
+    def told(self) -> bool:
+        """Whether the ranks ended as those do that were told to: by 75, or by the signal, before they listened for it.
+
+        torch takes long to load, and until then a signal that asks to stop ends a rank.
+        """
+        return self.exit_code in {CHECKPOINTED, 128 + signal.SIGTERM, 128 + self.warning}
 
     @property
     def requeued(self) -> bool:
@@ -78,17 +88,20 @@ class Ended:
 
 def cause_of(ended: Ended) -> str:
     """Why the attempt ended."""
-    if ended.hung:
+    word = _schedulers_word(ended, ended.job) if ended.job is not None else None
+    if ended.hung and word != "node_failure":
         return "hang"
-    if ended.exit_code == 0:
-        return "finished"
-    if ended.job is not None and (word := _schedulers_word(ended, ended.job)):
+    if ended.exit_code == 0 and (ended.joined or word is None):
+        return "finished"  # a program that does not know us may end with 0 because it was told to
+    if word is not None:
         return word
+    if ended.job is None and ended.due_to in _OVER_WORDS:
+        return _OVER_WORDS[ended.due_to]
     if ended.job is None and ended.terminated and ended.exit_code != CHECKPOINTED:
-        return _OVER_WORDS.get(ended.due_to or "", "cancelled")
-    if ended.near_limit and (ended.overdue or ended.exit_code in _TOLD):
+        return "cancelled"
+    if ended.near_limit and (ended.overdue or ended.told):
         return "walltime"
-    return "stopped" if ended.exit_code in _TOLD else "crashed"
+    return "stopped" if ended.told else "crashed"
 
 
 def _schedulers_word(ended: Ended, job: JobState) -> str | None:
@@ -109,13 +122,20 @@ def _schedulers_word(ended: Ended, job: JobState) -> str | None:
 
 
 def action_after(
-    cause: str, last_step: int | None, before: Sequence[Attempt], limits: Restart, *, joined: bool = True
+    cause: str,
+    last_step: int | None,
+    before: Sequence[Attempt],
+    limits: Restart,
+    *,
+    joined: bool = True,
+    saved_step: int | None = None,
 ) -> tuple[str, str]:
     """What follows, and why in words: finish, requeue, hold or leave.
 
     Args:
         cause: from ``cause_of``.
         last_step: of this attempt; None where it took no step.
+        saved_step: of the newest checkpoint; None where there is none.
         before: the earlier attempts.
         limits: how often the run may start again.
         joined: the run's program tells us of its steps, so one that takes none makes no progress.
@@ -128,13 +148,10 @@ def action_after(
     restarts = sum(attempt.cause not in {"finished", "cancelled"} for attempt in before)
     if limits.max_restarts is not None and restarts >= limits.max_restarts:
         return "hold", f"held: it was started again {restarts} times, and restart.max_restarts is {limits.max_restarts}"
-    if joined and cause in _ASKED and _stops_in_vain(last_step, before):
-        return (
-            "hold",
-            f"held: it was started {_VAIN_STOPS} times in a row without taking a step; is its time limit too short?",
-        )
+    if joined and cause in _ASKED and (vain := _stops_in_vain(last_step, saved_step, before)):
+        return "hold", vain
     if cause in _FAILURES:
-        return _after_failure(cause, last_step, before, limits)
+        return _after_failure(cause, last_step, before, limits, joined=joined)
     return "requeue", f"{cause}: queued again"
 
 
@@ -144,19 +161,38 @@ def _since_a_person_resumed(before: Sequence[Attempt]) -> Sequence[Attempt]:
     return before[stops[-1] + 1 :] if stops else before
 
 
-def _stops_in_vain(last_step: int | None, before: Sequence[Attempt]) -> bool:
-    """Whether a program that always exits with 75, or a limit shorter than its start, would go on for ever."""
-    recent = before[len(before) - _VAIN_STOPS + 1 :] if len(before) >= _VAIN_STOPS - 1 else ()
-    return last_step is None and bool(recent) and all(a.cause in _ASKED and a.last_step is None for a in recent)
+def _stops_in_vain(last_step: int | None, saved_step: int | None, before: Sequence[Attempt]) -> str:
+    """Why it would go on for ever: always asked to stop, and never further than ever before; empty where it gets on."""
+    furthest = stops = 0
+    for cause, *steps in [*((one.cause, one.last_step, one.saved_step) for one in before), ("", last_step, saved_step)]:
+        reached = max(step or 0 for step in steps)
+        asked = cause in _ASKED or cause == ""  # this one
+        stops = stops + 1 if asked and reached <= furthest else 0
+        furthest = max(furthest, reached)
+    if stops < _VAIN_STOPS:
+        return ""
+    if furthest == 0:
+        return f"held: it was started {stops} times in a row without taking a step; is its time limit too short?"
+    return (
+        f"held: it was stopped {stops} times in a row without getting beyond step {furthest}; does a save take longer than "
+        "restart.lead?"
+    )
 
 
-def _after_failure(cause: str, last_step: int | None, before: Sequence[Attempt], limits: Restart) -> tuple[str, str]:
+def _after_failure(
+    cause: str, last_step: int | None, before: Sequence[Attempt], limits: Restart, *, joined: bool
+) -> tuple[str, str]:
     """A crash or a hang: again if the run got further than at the failure before and the budget of its cause lasts."""
     did = _FAILURES[cause]
-    if last_step is None:
-        return "hold", f"held: it {did} before its first step, and would again"
+    if last_step is None and not _got_on_since_failure(before):
+        known = "" if joined else " (it has told of none)"
+        return "hold", f"held: it {did} before its first step{known}, and would again"
     failures = [attempt for attempt in before if attempt.cause in _FAILURES]
-    further = [failure for failure in failures if failure.last_step is not None and failure.last_step >= last_step]
+    further = [
+        failure
+        for failure in failures
+        if last_step is not None and failure.last_step is not None and failure.last_step >= last_step
+    ]
     if further:
         earlier = f"the {_NOUNS[str(further[-1].cause)]} before (step {further[-1].last_step})"
         return "hold", f"held: it {did} at step {last_step}, no further than {earlier}"
@@ -164,7 +200,16 @@ def _after_failure(cause: str, last_step: int | None, before: Sequence[Attempt],
     name, most = ("max_hangs", limits.max_hangs) if cause == "hang" else ("max_crashes", limits.max_crashes)
     if count >= most:
         return "hold", f"held: {_NOUNS[cause]} number {count + 1}, and restart.{name} is {most}"
+    if last_step is None:
+        return "requeue", f"{did} before its first step, after attempts that got on: queued again"
     return "requeue", f"{did} after progress to step {last_step}: queued again"
+
+
+def _got_on_since_failure(before: Sequence[Attempt]) -> bool:
+    """Whether any attempt has taken a step since the last one that failed."""
+    failed = [place for place, attempt in enumerate(before) if attempt.cause in _FAILURES]
+    since = before[failed[-1] + 1 :] if failed else before
+    return any(attempt.last_step is not None for attempt in since)
 
 
 def excluded_nodes(attempts: Sequence[Attempt], limit: int) -> list[str]:

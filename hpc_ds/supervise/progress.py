@@ -22,7 +22,6 @@ class Progress:
         saved_step: of the last save that rank 0 has told of.
         first_step_at: when the first one was done, in rank 0's seconds since the epoch.
         seen_at: when the last event was written, by the same clock; None before the first.
-        joined: the program tells of its steps, in this attempt or one before.
     """
 
     def __init__(self, run: RunDir, number: int, *, from_begin: bool = False) -> None:
@@ -38,12 +37,10 @@ class Progress:
         self.saved_step: int | None = None
         self.first_step_at: float | None = None
         self.seen_at: float | None = None
-        self.joined = size > 0
 
     def update(self) -> None:
         """Take note of what has been written since the last time."""
         for event in self._tail.new():
-            self.joined = True
             if event.get("attempt") == self._number:
                 self._take(event)
 

@@ -10,28 +10,28 @@ from __future__ import annotations
 import os
 import signal
 import time
+import traceback
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.cluster.connect import scheduler_named
 from hpc_ds.cluster.process import node_name
-from hpc_ds.config.job import python_of
 from hpc_ds.config.load import load_resolved, load_site
-from hpc_ds.config.site_rules import fitted
 from hpc_ds.errors import NodeListError, RefusedError, RunError
+from hpc_ds.launch.container import prepare_container, rank_command
 from hpc_ds.launch.failure import Failure, first_failure
 from hpc_ds.launch.local import LocalRunner
 from hpc_ds.launch.node_list import expand
-from hpc_ds.launch.srun import SrunRunner, components_of, site_options, srun_command
-from hpc_ds.run_dir import read_object
+from hpc_ds.launch.srun import SrunRunner, components_of, step_command
 from hpc_ds.script.submit import note_job
 from hpc_ds.script.waiting import redirect
 from hpc_ds.supervise.ledger import Attempt, close_attempt, open_attempt, outcome, read_ledger
 from hpc_ds.supervise.notify import Notice
 from hpc_ds.supervise.policy import Ended, action_after, cause_of, excluded_nodes
 from hpc_ds.supervise.progress import Progress
-from hpc_ds.supervise.talk import Talk, say
-from hpc_ds.supervise.watch import WAKE, Watch
+from hpc_ds.supervise.say import say
+from hpc_ds.supervise.talk import Talk
+from hpc_ds.supervise.watch import DEAF_TO, WAKE, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 _ANSWER_AT_START_S = 10.0
 _ANSWER_AT_END_S = 1800.0
 _HELD_STILL_FOR_S = 300.0
+_ENDED_WITHIN_S = 40.0
 _NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -54,7 +55,7 @@ def supervise(run: RunDir) -> int:
     Raises:
         RunError: this process is not a job, or another job runs that run.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, WAKE)
+    signal.pthread_sigmask(signal.SIG_BLOCK, WAKE | DEAF_TO)
     job, site = load_resolved(run.config), load_site(str(run.site))
     job_id = _job_id(run, site)
     return Supervisor(run, job, site, job_id, scheduler_named(site.scheduler, run)).attempt()
@@ -90,23 +91,24 @@ class Supervisor:
             say(f"the run finished in attempt {earlier[-1].number}; there is nothing left to do")
             return 0
         self._refuse_a_second_job(earlier)
-        if str(read_object(self._run.job).get("job_id", "")) != self._job_id:
-            note_job(self._run, self._site, self._job_id)
+        self._note_job(self._job_id)
         at_start = self._talk.show(_ANSWER_AT_START_S)
+        restarts = at_start.restarts if at_start is not None else int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        end_time = at_start.end_time if at_start is not None else _end_in_environment()
         attempt = self._open(at_start)
         progress = Progress(self._run, attempt.number)
         watch = Watch(self._run, self._job, attempt.number, self._talk, progress)
-        watch.begin(at_start, _end_in_environment(), self._node_names(attempt.nodes), read_ledger(self._run)[:-1])
+        watch.begin(end_time, restarts, self._node_names(attempt.nodes), earlier)
         say(f"attempt {attempt.number} of {self._job.name}, job {self._job_id}, on {attempt.nodes or 'this machine'}")
         runner = self._runner(attempt.number)
-        restarts = at_start.restarts if at_start is not None else int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
-        def close(exit_code: int) -> tuple[Attempt, Ended]:
-            ended = self._ended(exit_code, runner, watch, restarts)
+        def close(exit_code: int, patience_s: float) -> tuple[Attempt, Ended]:
+            ended = self._ended(exit_code, runner, watch, restarts, patience_s)
             return self._close(attempt, ended, runner, watch, progress), ended
 
-        exit_code = self._run_ranks(runner, watch, lambda: close(128 + signal.SIGKILL))
-        closed, ended = close(exit_code)
+        exit_code = self._run_ranks(runner, watch, lambda: close(128 + signal.SIGKILL, 0.0))
+        # Without the scheduler's word neither the cause is known nor a requeue to be had: it is waited for.
+        closed, ended = close(exit_code, _ANSWER_AT_END_S)
         notice = Notice(self._run, self._job, closed)
         self._act(closed, ended)
         notice.finish()
@@ -131,23 +133,37 @@ class Supervisor:
 
     def _open(self, at_start: JobState | None) -> Attempt:
         nodes = at_start.nodes if at_start is not None else os.environ.get("SLURM_JOB_NODELIST", "")
-        return open_attempt(self._run, self._job_id, node_name(), nodes, is_down=self._talk.is_down)
+        groups = [f"SLURM_JOB_NODELIST_HET_GROUP_{group}" for group in range(components_of(os.environ))]
+        if len(groups) > 1:  # the scheduler tells of the first component
+            nodes = ",".join(os.environ[group] for group in groups if group in os.environ)
+        return open_attempt(self._run, self._job_id, node_name(), nodes, down=self._talk.down)
 
-    def _ended(self, exit_code: int, runner: Runner, watch: Watch, restarts: int) -> Ended:
+    def _note_job(self, job_id: str) -> None:
+        try:
+            note_job(self._run, self._site, job_id)
+        except OSError as error:
+            say(f"{str(self._run.job)!r} is not written, it should name job {job_id}: {error.strerror}")
+
+    def _ended(self, exit_code: int, runner: Runner, watch: Watch, restarts: int, patience_s: float) -> Ended:
+        near_limit = watch.near_limit  # before asking: that may take long
         told = watch.told if watch.told is not None and watch.told.state != "RUNNING" else None
-        if told is None and exit_code != 0:
-            # Without the scheduler's word neither the cause is known nor a requeue to be had: it is waited for.
-            told = self._talk.show(_ANSWER_AT_END_S)
+        if told is None and (exit_code != 0 or not self._joined()):
+            told = self._talk.show(patience_s)
         due_to = runner.due_to or ("NODE FAILURE" if runner.lost_node else None)
         return Ended(
             exit_code, told or watch.told, restarts, watch.terminated, due_to,
-            near_limit=watch.near_limit, hung=watch.hang is not None, overdue=watch.overdue,
+            near_limit=near_limit, hung=watch.hang is not None, overdue=watch.overdue,
+            joined=self._joined(), warning=signal.Signals[f"SIG{self._job.restart.signal}"],
         )  # fmt: skip
+
+    def _joined(self) -> bool:
+        """Whether the run's program tells of its steps, in this attempt or one before."""
+        return self._run.events.exists()
 
     def _close(self, attempt: Attempt, ended: Ended, runner: Runner, watch: Watch, progress: Progress) -> Attempt:
         run, cause = self._run, cause_of(ended)
         achieved = outcome(run, attempt.opened, progress)
-        action, why = self._decide(cause, ended, progress)
+        action, why = self._decide(cause, ended, achieved)
         failure = None
         if cause == "crashed":
             logs = run.attempt_logs(attempt.number)
@@ -170,12 +186,19 @@ class Supervisor:
         say(f"attempt {attempt.number} ended: {cause}, exit code {ended.exit_code}; {detail}")
         return replace(attempt, **fields)
 
-    def _decide(self, cause: str, ended: Ended, progress: Progress) -> tuple[str, str]:
+    def _decide(self, cause: str, ended: Ended, achieved: dict[str, Any]) -> tuple[str, str]:
         """What follows, and why in words."""
         if ended.requeued and cause != "finished":
             return "leave", f"{cause}: the scheduler starts it again"
         before = read_ledger(self._run)[:-1]
-        action, why = action_after(cause, progress.last_step, before, self._job.restart, joined=progress.joined)
+        action, why = action_after(
+            cause,
+            achieved["last_step"],
+            before,
+            self._job.restart,
+            joined=ended.joined,
+            saved_step=achieved["saved_step"],
+        )
         gone = ended.job is not None and not ended.job.active
         if gone and action in {"requeue", "hold"} and self._site.scheduler == "local":
             return "leave", f"{cause}: the scheduler has given the job up; `hpcds resume` continues the run"
@@ -191,16 +214,12 @@ class Supervisor:
             "HPCDS_ATTEMPT": str(number),
             "HPCDS_DEADLINE": str(self._run.deadline),
         }
-        argv = self._argv()
+        prepare_container(job, self._run)
         if self._site.scheduler == "local":
+            argv = rank_command(job, self._site, self._run)
             return LocalRunner(argv, environ, job.resources.world_size, logs, self._run.local / "step.json")
-        command = srun_command(argv, fitted(job, self._site), site_options(job, self._site), components_of(os.environ))
+        command = step_command(job, self._site, self._run, components_of(os.environ))
         return SrunRunner(command, environ, logs)
-
-    def _argv(self) -> list[str]:
-        if self._job.command is not None:
-            return [*self._job.command, *self._job.args]
-        return [python_of(self._job), "-u", str(self._job.script), *self._job.args]
 
     def _run_ranks(self, runner: Runner, watch: Watch, close_early: Callable[[], object]) -> int:
         try:
@@ -210,7 +229,18 @@ class Supervisor:
             words = f"{error.strerror}: {error.filename}"
             runner.failure = Failure(None, node_name(), 127, f"cannot be started: {words}", [])
             return 127
-        return watch.until_ended(runner, close_early)
+        try:
+            return watch.until_ended(runner, close_early)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the run must be closed and queued again
+            traceback.print_exc()
+            runner.failure = Failure(
+                None, node_name(), 1, f"the supervisor failed: {type(error).__name__}: {error}", []
+            )
+            runner.terminate()
+            deadline = time.monotonic() + _ENDED_WITHIN_S
+            while runner.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.2)
+            return 1
 
     def _act(self, attempt: Attempt, ended: Ended) -> None:
         """Let the run start again, or be held, and say so when that was seen."""
@@ -246,7 +276,7 @@ class Supervisor:
             say(f"no successor either: {error}; `hpcds resume {self._run.root}` continues the run")
             close_attempt(self._run, attempt.number, action="leave", detail=f"{attempt.detail}; but: {why}")
             return
-        note_job(self._run, self._site, job_id)
+        self._note_job(job_id)
         for problem in redirect(self._run, self._job_id, job_id, self._scheduler):
             say(problem)
         close_attempt(self._run, attempt.number, action="successor", detail=f"{attempt.detail}; as job {job_id}")
@@ -271,6 +301,8 @@ def _blamed(cause: str, failure: Failure | None, watch: Watch, runner: Runner) -
 def _hold_still() -> None:
     """Wait to be ended: leaving before the scheduler has taken a requeue would end the job instead."""
     deadline = time.monotonic() + _HELD_STILL_FOR_S
+    while signal.sigtimedwait(WAKE, 0.0) is not None:
+        pass  # what came before is no answer to what was asked
     while time.monotonic() < deadline:
         woken = signal.sigtimedwait(WAKE, 1.0)
         if woken is not None and woken.si_signo == signal.SIGTERM:

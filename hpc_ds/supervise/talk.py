@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TYPE_CHECKING
 
 from hpc_ds.errors import NoProgramError, RefusedError, SchedulerError, SubmitError
+from hpc_ds.supervise.say import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,19 +19,13 @@ _LONGEST_PAUSE_S = 15.0
 _LOOKS = 15
 
 
-def say(message: str) -> None:
-    """One line in the job's own log."""
-    sys.stderr.write(f"hpcds: {time.strftime('%H:%M:%S')} {message}\n")
-    sys.stderr.flush()
-
-
 class Talk:
     """What the supervisor of one job asks of its scheduler."""
 
     def __init__(self, scheduler: Scheduler, job_id: str) -> None:
         self._scheduler = scheduler
         self._job_id = job_id
-        self._silent = False
+        self._silent = self._heard = False
         self.mute = False
 
     def show(self, patience_s: float = 0.0) -> JobState | None:
@@ -40,17 +34,12 @@ class Talk:
         while not self.mute:
             try:
                 job = self._scheduler.show(self._job_id)
-            except NoProgramError as error:
-                self.mute = True
-                say(f"{error}; the run goes on without the scheduler's word")
             except SchedulerError as error:
-                if not self._silent:
-                    say(f"the scheduler does not answer: {error}")
-                self._silent = True
+                self._note_silence(error)
             else:
                 if self._silent:
                     say("the scheduler answers again")
-                self._silent = False
+                self._silent, self._heard = False, True
                 return job
             if time.monotonic() - begin > patience_s:
                 return None
@@ -58,13 +47,22 @@ class Talk:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         return None
 
+    def _note_silence(self, error: SchedulerError) -> None:
+        """Say it once. A program that was never there will not come; one that was is away while packages are updated."""
+        if isinstance(error, NoProgramError) and not self._heard:
+            self.mute = True
+            say(f"{error}; the run goes on without the scheduler's word")
+        elif not self._silent:
+            self._silent = True
+            say(f"the scheduler does not answer: {error}")
+
     def kill_wait_s(self) -> float:
         """Seconds between SIGTERM and SIGKILL at the end of the job."""
         return self._scheduler.kill_wait_s()
 
-    def is_down(self, node: str) -> bool:
-        """Whether a node is known not to work."""
-        return self._scheduler.is_down(node)
+    def down(self, nodes: Sequence[str]) -> list[str]:
+        """Those of some nodes that are known not to work."""
+        return self._scheduler.down(nodes)
 
     def queue_again(self, action: str, restarts: int) -> bool:
         """Ask for ``requeue`` or ``hold``, until the scheduler has decided; whether it was seen to do it.

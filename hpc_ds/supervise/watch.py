@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hpc_ds.launch.failure import only_victims
 from hpc_ds.supervise.deadline import Deadline, longest
 from hpc_ds.supervise.hang import Hang, HangWatch, read_beat
-from hpc_ds.supervise.talk import say
+from hpc_ds.supervise.say import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from hpc_ds.supervise.talk import Talk
 
 WAKE = {signal.SIGTERM, signal.SIGCHLD, signal.SIGINT}
+DEAF_TO = {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+"""Meant for the ranks: `scancel --full --signal`, or an --signal=B:... that a site adds, send them to the job script too."""
 _LOOK_EVERY_S = 1.0
 _ASK_EVERY_S = 60.0
 _LEARN_EVERY_S = 10.0
@@ -31,7 +33,9 @@ _NODES_EVERY_S = 4.0
 _LOST_NODE_S = 120.0
 _DUMP_S = 6.0
 _DUMP_SHARE = 0.15  # of KillWait, where that runs
-_OURS_TO_REQUEUE = {"TIMEOUT", "PREEMPTED"}
+_OURS_TO_REQUEUE = {"TIMEOUT", "PREEMPTED", "NODE_FAIL"}
+_FOR_REASON = {"TimeLimit", "NodeDown"}
+_ASK_AGAIN_S = 2.0
 _TO_REQUEUE_S, _TO_REQUEUE_SHARE = 3.0, 0.3  # of KillWait
 
 
@@ -39,11 +43,10 @@ class Watch:
     """One attempt while its ranks run.
 
     Attributes:
-        told: what the scheduler said last, once it had begun to end the job.
+        told: what the scheduler said when it began to end the job, or a preemption; None before.
         terminated: the scheduler ends the whole job, or says nothing though the supervisor was told to end.
         hang: the ranks stood still, and were ended for it.
         overdue: the ranks had not stopped when the job was about to be killed.
-        near_limit: it is time to save for the time limit, or was when the ranks ended.
     """
 
     def __init__(self, run: RunDir, job: JobConfig, number: int, talk: Talk, progress: Progress) -> None:
@@ -64,6 +67,7 @@ class Watch:
         self._restarts = 0
         self._nodes: list[str] = []
         self._earlier: Sequence[Attempt] = ()
+        self._close_early: Callable[[], object] = lambda: None
         self.told: JobState | None = None
         self.terminated = False
         self.hang: Hang | None = None
@@ -71,27 +75,25 @@ class Watch:
 
     @property
     def near_limit(self) -> bool:
-        """Whether ranks that stop now stop for the time limit."""
+        """Whether ranks that end now end for the time limit."""
         begin = self._deadline.earliest_begin
         # Slurm sends the signal of --signal up to a minute early, and looks at its clock every half minute.
         return begin is not None and time.time() > begin - 90
 
-    def begin(
-        self, job: JobState | None, end_time: float | None, nodes: Sequence[str], earlier: Sequence[Attempt]
-    ) -> None:
+    def begin(self, end_time: float | None, restarts: int, nodes: Sequence[str], earlier: Sequence[Attempt]) -> None:
         """Write the deadline before the ranks start.
 
         Args:
-            job: the scheduler's word; None where it gave none.
-            end_time: of the job, where the scheduler gave no word.
+            end_time: of the job; None where nobody knows.
+            restarts: of the job so far.
             nodes: of the job.
             earlier: the attempts before, which have measured what a step and a save take.
         """
         self._nodes = list(nodes)
-        self._restarts = job.restarts if job is not None else 0
+        self._restarts = restarts
         self._earlier = earlier[-3:]
         self._learn()
-        self._deadline.ends_at(job.end_time if job is not None else end_time)
+        self._deadline.ends_at(end_time)
         self._kill_wait_s = self._talk.kill_wait_s()
 
     def until_ended(self, runner: Runner, close_early: Callable[[], object]) -> int:
@@ -122,11 +124,12 @@ class Watch:
     def _look(self, runner: Runner) -> None:
         self._progress.update()
         self._listen_to_rank_0()
-        if self._is_due("ask", _ASK_EVERY_S):
+        if self._is_due("ask", _ASK_EVERY_S if not self.terminated else _ASK_AGAIN_S):
             self._ask()
         if self._is_due("learn", _LEARN_EVERY_S):
             self._learn()
-        if self.hang is None and not self.terminated and self._is_due("hang", _HANG_EVERY_S):
+        standing = self.hang is None and not self.terminated and not runner.ends and not runner.lost_node
+        if standing and self._is_due("hang", _HANG_EVERY_S):
             self._look_for_hang(runner)
         if runner.ends and not self.terminated and self._is_due("nodes", _NODES_EVERY_S):
             self._look_for_lost_node(runner)
@@ -152,7 +155,7 @@ class Watch:
         told = self.told
         if told is None or told.restarts != self._restarts:
             return False
-        return told.preempting or told.reason == "TimeLimit" or told.state in _OURS_TO_REQUEUE
+        return told.preempting or told.reason in _FOR_REASON or told.state in _OURS_TO_REQUEUE
 
     def _is_due(self, what: str, every_s: float) -> bool:
         now = time.monotonic()
@@ -167,12 +170,13 @@ class Watch:
 
     def _hear_the_end(self) -> None:
         """The scheduler told the whole job to end: ask why while it still knows."""
+        heard_at, heard = time.monotonic(), time.time()  # before asking: that may take as long as there is time
         if self.told is None or self.told.state == "RUNNING":
             self.told = self._talk.show()
         if not self.terminated and (self.told is None or self.told.state != "RUNNING"):
-            self.terminated, self._terminated_at = True, time.monotonic()
+            self.terminated, self._terminated_at = True, heard_at
             left_s = self._patience_s() if self._ours_to_requeue() else self._kill_wait_s
-            self._deadline.ends_at(time.time() + left_s, final=True)
+            self._deadline.ends_at(heard + left_s, final=True)
 
     def _listen_to_rank_0(self) -> None:
         """A preemption with grace tells only the ranks: ask the scheduler at once until when they have time."""
@@ -185,9 +189,12 @@ class Watch:
 
     def _ask(self) -> None:
         """The limit can be changed meanwhile; a scheduler that does not answer has not changed it."""
+        if self.terminated:
+            self.told = self.told or self._talk.show()  # slurmctld is busy when it ends many jobs
+            return
         self._due["ask"] = time.monotonic() + _ASK_EVERY_S
         job = self._talk.show()
-        if job is None or self.terminated:
+        if job is None:
             return
         if job.preempting:
             self.told = job
@@ -202,9 +209,14 @@ class Watch:
 
     def _look_for_hang(self, runner: Runner) -> None:
         self.hang = self._hangs.look(self._progress.step_s)
-        if self.hang is not None:
-            say(f"hang: {self.hang.detail}; the ranks are ended")
-            self._dump(runner)
+        if self.hang is None:
+            return
+        if self.hang.host and self._talk.down([self.hang.host]):
+            self._lose(runner, self.hang.host)
+            self.hang = None
+            return
+        say(f"hang: {self.hang.detail}; the ranks are ended")
+        self._dump(runner)
 
     def _look_for_lost_node(self, runner: Runner) -> None:
         """When a node is lost its neighbours fail first, by their broken connections; the scheduler knows minutes later.
@@ -218,11 +230,14 @@ class Watch:
         if not suspects or now - self._failed_at > _LOST_NODE_S or not only_victims(runner.ends, raised):
             return
         runner.be_patient()
-        lost = next((node for node in suspects if self._talk.is_down(node)), None)
-        if lost is not None:
-            say(f"node {lost} is lost, and the ranks of the others with it: they are ended")
-            runner.lost_node = lost
-            runner.terminate()
+        for lost in self._talk.down(suspects)[:1]:
+            self._lose(runner, lost)
+
+    @staticmethod
+    def _lose(runner: Runner, node: str) -> None:
+        say(f"node {node} is lost, and with it the ranks of the others: they are ended")
+        runner.lost_node = node
+        runner.terminate()
 
     def _dump(self, runner: Runner) -> None:
         """Ask all ranks where they are, give them a moment to say, and end them."""

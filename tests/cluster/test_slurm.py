@@ -172,14 +172,17 @@ def test_how_long_slurm_waits_before_it_kills(config: Answer, seconds: float) ->
 
 
 @pytest.mark.parametrize(
-    ("state", "down"), [("idle", False), ("mixed", False), ("mixed*", True), ("down", True), ("drained", True)]
+    ("state", "down"), [("idle", False), ("mixed", False), ("mixed*", True), ("down", True), ("draining", False)]
 )
 def test_a_node_that_does_not_answer_is_down(state: str, down: bool) -> None:
-    assert Slurm(FakeShell({"sinfo": f"{state}\n"})).is_down("n1") is down
+    """One that is drained takes no new jobs, but its ranks work on."""
+    shell = FakeShell({"sinfo": f"n1 {state}\nn1 {state}\nn2 idle\n"})
+    assert Slurm(shell).down(["n1", "n2"]) == (["n1"] if down else [])
+    assert shell.commands == [["sinfo", "--noheader", "--Node", "--nodes", "n1,n2", "--format=%N %T"]]
 
 
 def test_nobody_knows_of_a_node_when_slurm_is_away() -> None:
-    assert not Slurm(FakeShell({"sinfo": refusal("Unable to contact slurm controller")})).is_down("n1")
+    assert Slurm(FakeShell({"sinfo": refusal("Unable to contact slurm controller")})).down(["n1"]) == []
 
 
 def test_a_task_that_is_not_there_is_no_job() -> None:

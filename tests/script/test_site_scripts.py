@@ -16,7 +16,7 @@ from hpc_ds.config.job import JobConfig
 from hpc_ds.config.load import load_site
 from hpc_ds.config.model import check
 from hpc_ds.config.site_rules import check_job, fitted
-from hpc_ds.launch.srun import site_options, srun_command
+from hpc_ds.launch.srun import site_options, srun_command, step_command
 from hpc_ds.run_dir import RunDir
 from hpc_ds.script.render import environment_file, render
 from hpc_ds.shipped import shipped
@@ -68,7 +68,7 @@ def everything(site: SiteConfig) -> str:
     job = job_on(site.name)
     texts = [render(job, site, RUN), "\n# env.sh\n", environment_file(job, site, {})]
     if site.scheduler == "slurm":
-        srun = srun_command(["RANK"], fitted(job, site), site_options(job, site))
+        srun = step_command(job, site, RUN)
         texts += ["\n# the ranks\n", "# ", " ".join(srun[: srun.index("/bin/sh")]), "\n"]
     return "".join(texts)
 

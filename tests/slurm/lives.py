@@ -6,6 +6,7 @@ together, so a module of tests lets them all happen first (`live`) and then look
 
 from __future__ import annotations
 
+import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ class Life:
         where = ("--set", f"resources.sbatch.nodelist={','.join(nodes)}", *shape)
         pace = PACE if target == PACED else ()
         return self.runs.submit(target, "--site", "slurm", *where, "--time", "10", *options, args=(*pace, *args))
+
+    def on_any_two(self) -> tuple[str, ...]:
+        """Options that leave it to Slurm which two of the nodes a run gets."""
+        others = [node for node in self.cluster.node_names if node not in self.nodes]
+        return "--set", "resources.sbatch.nodelist=false", "--set", f"resources.exclude={json.dumps(others)}"
 
     def preempt(self) -> str:
         """Let a job that goes first take the nodes for a moment."""

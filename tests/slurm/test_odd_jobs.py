@@ -1,4 +1,6 @@
-"""Jobs of other kinds on a real Slurm, and what people do to them: arrays, heterogeneous jobs, no requeue, an administrator."""
+"""Jobs of other kinds on a real Slurm, and what is asked of it: arrays, heterogeneous jobs, no requeue, nodes to avoid, and
+people who signal and requeue.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,12 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from lives import PACE, PACED, Life, Told, assert_undisturbed, live
-from run_facts import attempts, causes, job_id_of, ranks_of, taken_again
+from lives import PACE, PACED, SLOW_FROM, Life, Told, assert_undisturbed, live
+from run_facts import attempts, causes, environ_of, job_id_of, ranks_of, taken_again
 from whole_runs import Run
 
 from hpc_ds.config.load import build_job, load_site
+from hpc_ds.launch.node_list import expand
 from hpc_ds.script.submit import prepare
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ def tasks_of_an_array(life: Life) -> list[Run]:
     for run in runs:
         life.wait_for_step(run)
     os.kill(ranks_of(runs[1])[0], signal.SIGUSR2)
+    hurry(runs[0])
     return [life.wait_until_over(run) for run in runs]
 
 
@@ -52,6 +56,11 @@ def a_heterogeneous_job(life: Life) -> Run:
     life.wait_for_step(run)
     os.kill(ranks_of(run)[1], signal.SIGKILL)
     return life.wait_until_over(run)
+
+
+def hurry(run: Run) -> None:
+    """Nothing more will happen to it."""
+    (run.folder / "hurry").touch()
 
 
 def prepared(life: Life, name: str) -> Run:
@@ -91,11 +100,27 @@ def requeued_by_an_administrator(life: Life) -> Run:
     return life.wait_until_over(run)
 
 
+def a_node_on_which_ranks_die_twice(life: Life) -> Run:
+    """Of any two nodes out of three and any two others, one is the same: three crashes blame one twice."""
+    run = life.submit("--set", "checkpoint.every_steps=4", *life.on_any_two(), args=("--slow-attempts", "3"))
+    blamed: list[str] = []
+    while len(blamed) == len(set(blamed)):
+        number = len(blamed) + 1
+        life.wait_for_step(run, SLOW_FROM + 5 * number, attempt=number)
+        on = {environ_of(pid)["SLURMD_NODENAME"]: pid for pid in ranks_of(run).values()}
+        blamed.append(next((node for node in on if node in blamed), max(on)))
+        os.kill(on[blamed[-1]], signal.SIGKILL)
+        life.wait_for_attempt(run, number, closed=True)
+    hurry(run)
+    return life.wait_until_over(run)
+
+
 @pytest.fixture(scope="module")
 def told(slurm_cluster: SlurmCluster, left_alone: Run, tmp_path_factory: pytest.TempPathFactory) -> Told:
     lanes = [
-        ("n1,n2", [tasks_of_an_array, told_to_stop_by_a_person]),
-        ("n3,n4", [a_job_that_may_not_be_requeued, a_heterogeneous_job, requeued_by_an_administrator]),
+        ("n1,n2", [a_job_that_may_not_be_requeued, told_to_stop_by_a_person, requeued_by_an_administrator]),
+        ("n3,n4", [a_heterogeneous_job, tasks_of_an_array]),
+        ("n3,n4,n5", [a_node_on_which_ranks_die_twice]),
     ]
     slurm_cluster.reset()
     return live(slurm_cluster, tmp_path_factory.mktemp("odd-jobs"), *lanes)
@@ -154,3 +179,13 @@ def test_an_administrator_s_requeue_is_not_a_crash(told: Told, left_alone: Run) 
     assert attempts(run)[0].action == "leave", "Slurm starts it again by itself"
     assert_undisturbed(run, left_alone)
     assert taken_again(run) == []
+
+
+def test_a_node_that_is_blamed_twice_is_avoided(told: Told, left_alone: Run) -> None:
+    run = told(a_node_on_which_ranks_die_twice)
+    *crashes, last = attempts(run)
+    assert causes(run) == ["crashed"] * len(crashes) + ["finished"], run.story()
+    node = crashes[-1].node
+    assert [crash.node for crash in crashes].count(node) == 2
+    assert node not in expand(last.nodes)
+    assert_undisturbed(run, left_alone)

@@ -50,8 +50,7 @@ def test_a_cluster_is_probed_and_known_again(slurm_cluster: SlurmCluster, tmp_pa
     assert told["file"] == str(path)
     assert json.loads(path.read_text()) == told["site"] == {**printed, "name": "ours"}
     assert told["site"]["detect"] == {"cluster_names": ["hpcds"]}
-    nodes = len(slurm_cluster.node_names)
-    size = {"default_time": "01:00:00", "max_nodes": nodes, "cpus_per_node": 4, "gpus_per_node": 2}
+    size = {"default_time": "01:00:00", **size_of(slurm_cluster)}
     assert told["site"]["partitions"] == {
         "main": {**size, "preemption": "requeue", "preemption_grace_s": 20.0},
         "nograce": {**size, "preemption": "requeue", "preemption_grace_s": 0.0},
@@ -76,10 +75,20 @@ def test_a_request_that_can_never_start_is_refused(slurm_cluster: SlurmCluster, 
     site = load_site(str(tmp_path / "ours.json"))
     job_id = slurm_cluster.submit("#!/bin/bash\ntrue\n", "-N20")
     assert slurm_cluster.job(job_id)["JobState"] == "PENDING"
+    nodes, cores, gpus = size_of(slurm_cluster).values()
     for resources, complaint in (
-        ({"nodes": 20}, "resources.nodes 20: partition 'main' of site 'ours' gives a job at most 5; ask for fewer"),
-        ({"gpus_per_node": 3}, "resources.gpus_per_node 3: a node of partition 'main' of site 'ours' has 2"),
-        ({"cpus_per_task": 5}, "resources.cpus_per_task 5: 1 ranks of them on a node of partition 'main'"),
+        (
+            {"nodes": 20},
+            f"resources.nodes 20: partition 'main' of site 'ours' gives a job at most {nodes}; ask for fewer",
+        ),
+        (
+            {"gpus_per_node": gpus + 1},
+            f"resources.gpus_per_node {gpus + 1}: a node of partition 'main' of site 'ours' has",
+        ),
+        (
+            {"cpus_per_task": cores + 1},
+            f"resources.cpus_per_task {cores + 1}: 1 ranks of them on a node of partition 'main'",
+        ),
     ):
         job: JobConfig = check(JobConfig, {"command": ["true"], "resources": resources}, "job.json")
         with pytest.raises(ConfigError) as caught:
@@ -93,6 +102,14 @@ def test_qos_are_known_where_there_is_accounting(accounting_cluster: SlurmCluste
     assert data["qos"] == {"normal": {}, "short": {"walltime": "02:00:00"}}
     assert data["sources"]["qos"]["source"].startswith("sacctmgr show qos of Slurm ")
     assert data["name"] == "hpcds"
+
+
+def size_of(cluster: SlurmCluster) -> dict[str, int]:
+    return {
+        "max_nodes": len(cluster.node_names),
+        "cpus_per_node": cluster._cpus_per_node,
+        "gpus_per_node": cluster._gpus_per_node,
+    }
 
 
 def in_cluster(cluster: SlurmCluster) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from typing import TYPE_CHECKING
 
 import pytest
 from lives import SLOW_FROM, Life, Told, assert_undisturbed, live
-from run_facts import attempts, causes, environ_of, processes_of, ranks_of, read_process, taken_again
+from run_facts import attempts, causes, processes_of, ranks_of, read_process, taken_again
 
 from hpc_ds.launch.node_list import expand
 
@@ -69,33 +68,13 @@ def a_lost_batch_node(life: Life) -> Run:
 
 
 def lose_node(life: Life, place: int) -> Run:
-    run = life.submit(*SAVING, *two_of(life))
+    run = life.submit(*SAVING, *life.on_any_two())
     life.wait_for_step(run)
     node = expand(attempts(run)[0].nodes)[place]
     life.cluster.kill_node(node)
     life.wait_until_over(run)
     life.cluster.restart_slurmd(node)
     return run
-
-
-def a_node_on_which_ranks_die_twice(life: Life) -> Run:
-    """Of any two nodes out of three and any two others, one is the same: three crashes blame one twice."""
-    run = life.submit(*SAVING, *two_of(life), args=("--slow-attempts", "3"))
-    blamed: list[str] = []
-    while len(blamed) == len(set(blamed)):
-        number = len(blamed) + 1
-        life.wait_for_step(run, SLOW_FROM + 5 * number, attempt=number)
-        on = {environ_of(pid)["SLURMD_NODENAME"]: pid for pid in ranks_of(run).values()}
-        blamed.append(next((node for node in on if node in blamed), max(on)))
-        os.kill(on[blamed[-1]], signal.SIGKILL)
-        life.wait_for_attempt(run, number, closed=True)
-    return life.wait_until_over(run)
-
-
-def two_of(life: Life) -> tuple[str, ...]:
-    """Options of a run on any two of the nodes of this life."""
-    others = [node for node in life.cluster.node_names if node not in life.nodes]
-    return "--set", "resources.sbatch.nodelist=false", "--set", f"resources.exclude={json.dumps(others)}"
 
 
 def an_absent_controller(life: Life) -> Run:
@@ -115,9 +94,10 @@ def an_absent_controller(life: Life) -> Run:
 @pytest.fixture(scope="module")
 def told(slurm_cluster: SlurmCluster, left_alone: Run, tmp_path_factory: pytest.TempPathFactory) -> Told:
     lanes = [
-        ("n3,n4", [a_killed_rank, a_rank_out_of_memory, a_crash_at_the_same_step_each_time, a_killed_supervisor]),
-        ("n4,n3", [a_rank_that_stands_still]),
-        ("n1,n2,n5", [a_lost_node, a_lost_batch_node, a_node_on_which_ranks_die_twice]),
+        ("n1,n2,n5", [a_lost_node, a_lost_batch_node]),
+        ("n3,n4", [a_killed_rank, a_killed_supervisor]),
+        ("n3,n4", [a_rank_out_of_memory, a_crash_at_the_same_step_each_time]),
+        ("n3,n4", [a_rank_that_stands_still]),
     ]
     slurm_cluster.reset()
     told = live(slurm_cluster, tmp_path_factory.mktemp("failures"), *lanes)
@@ -189,16 +169,6 @@ def test_a_lost_batch_node_takes_the_supervisor_but_not_the_run(told: Told, left
     first, second = attempts(run)
     assert first.node == expand(first.nodes)[0]
     assert first.node not in expand(second.nodes)
-    assert_undisturbed(run, left_alone)
-
-
-def test_a_node_that_is_blamed_twice_is_avoided(told: Told, left_alone: Run) -> None:
-    run = told(a_node_on_which_ranks_die_twice)
-    *crashes, last = attempts(run)
-    assert causes(run) == ["crashed"] * len(crashes) + ["finished"], run.story()
-    node = crashes[-1].node
-    assert [crash.node for crash in crashes].count(node) == 2
-    assert node not in expand(last.nodes)
     assert_undisturbed(run, left_alone)
 
 

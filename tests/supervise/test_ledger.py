@@ -79,7 +79,7 @@ def test_an_attempt_that_was_never_closed_is_closed_as_lost_by_the_next(run: Run
 
 def test_an_attempt_whose_node_is_down_was_lost_with_it(run: RunDir) -> None:
     open_attempt(run, "25", "n1", "n[1-2]")
-    open_attempt(run, "25", "n3", "n[3-4]", is_down=lambda node: node == "n1")
+    open_attempt(run, "25", "n3", "n[3-4]", down=lambda nodes: [node for node in nodes if node == "n1"])
     lost = read_ledger(run)[0]
     assert (lost.cause, lost.node, lost.detail) == (
         "node_failure", "n1", "node n1 was lost, and the supervisor with it",

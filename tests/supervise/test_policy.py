@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from hpc_ds.cluster.scheduler import JobState
 from hpc_ds.config.job import Restart
 from hpc_ds.supervise.ledger import Attempt
-from hpc_ds.supervise.policy import Ended, action_after, cause_of
+from hpc_ds.supervise.policy import Ended, action_after, cause_of, excluded_nodes
 
 NOW = 1_000_000.0
 FAR = NOW + 3600
@@ -80,6 +81,35 @@ def test_why_an_attempt_ended(known: Ended, cause: str) -> None:
     assert cause_of(known) == cause
 
 
+def test_a_program_that_does_not_know_us_may_end_with_0_because_it_was_told_to() -> None:
+    told = JobState("RUNNING", preempting=True)
+    assert cause_of(ended(0, told, joined=False)) == "preempted"
+    assert cause_of(ended(0, JobState("COMPLETING", reason="TimeLimit"), joined=False)) == "walltime"
+    assert cause_of(ended(0, RUNNING, joined=False)) == "finished"
+
+
+def test_the_signal_of_the_job_asks_to_stop_and_no_other() -> None:
+    assert cause_of(ended(128 + signal.SIGHUP, RUNNING, warning=signal.SIGHUP)) == "stopped"
+    assert cause_of(ended(128 + signal.SIGHUP, RUNNING)) == "crashed"
+
+
+def test_a_lost_node_is_no_hang() -> None:
+    assert cause_of(ended(143, RUNNING, hung=True, due_to="NODE FAILURE")) == "node_failure"
+
+
+def test_a_program_without_steps_is_held_after_a_crash_in_other_words() -> None:
+    before = [Attempt(1, cause="walltime", action="requeue")]
+    action, why = action_after("crashed", None, before, PLAIN, joined=False)
+    assert (action, why) == ("hold", "held: it crashed before its first step (it has told of none), and would again")
+
+
+def test_nodes_that_failed_twice_are_left_out_the_newest_of_them() -> None:
+    blamed = [Attempt(1, node=node) for node in ("n1", "n2", "n2", "", "n3", "n1", "n3", "n4")]
+    assert excluded_nodes(blamed, 3) == ["n2", "n1", "n3"]
+    assert excluded_nodes(blamed, 2) == ["n1", "n3"]
+    assert excluded_nodes(blamed, 0) == []
+
+
 def crash(last_step: int | None, number: int = 1) -> Attempt:
     return Attempt(number, cause="crashed", action="requeue", last_step=last_step)
 
@@ -115,6 +145,47 @@ ACTIONS: dict[str, tuple[str, int | None, list[Attempt], Restart, str, str]] = {
     ),
     "one restart left": ("walltime", 10, [past("preempted")], Restart(max_restarts=2), "requeue", "queued again"),
     "stopped again and again": ("stopped", 10, [past("stopped")] * 9, PLAIN, "requeue", "stopped: queued again"),
+    "stopped at the same step again and again": (
+        "walltime",
+        5,
+        [past("walltime"), past("walltime"), past("stopped")],
+        PLAIN,
+        "hold",
+        "stopped 3 times in a row without getting beyond step 5; does a save take longer than restart.lead?",
+    ),
+    "stopped at the same step twice": (
+        "walltime",
+        5,
+        [past("walltime"), past("walltime")],
+        PLAIN,
+        "requeue",
+        "queued again",
+    ),
+    "crashed before a step, after attempts that got on": (
+        "crashed",
+        None,
+        [past("walltime"), past("preempted")],
+        PLAIN,
+        "requeue",
+        "after attempts that got on",
+    ),
+    "hung after progress": ("hang", 30, [crash(10)], PLAIN, "requeue", "hung after progress to step 30: queued again"),
+    "hung where it crashed": (
+        "hang",
+        10,
+        [crash(10)],
+        PLAIN,
+        "hold",
+        "it hung at step 10, no further than the crash before (step 10)",
+    ),
+    "one hang too many": (
+        "hang",
+        30,
+        [crash(10)],
+        Restart(max_hangs=0),
+        "hold",
+        "hang number 1, and restart.max_hangs is 0",
+    ),
     "stopped twice without a step": ("stopped", None, [vain()], PLAIN, "requeue", "stopped: queued again"),
     "stopped three times without a step": (
         "stopped",

@@ -13,7 +13,7 @@ from hpc_ds.config.job import JobConfig
 from hpc_ds.config.load import load_site
 from hpc_ds.config.model import check
 from hpc_ds.errors import CommandError, NoProgramError, RefusedError, RunError, SubmitError
-from hpc_ds.run_dir import RunDir, read_object, write_json
+from hpc_ds.run_dir import RunDir, append_line, read_object, write_json
 from hpc_ds.supervise import supervisor, talk, watch
 from hpc_ds.supervise.ledger import close_attempt, open_attempt, read_ledger
 from hpc_ds.supervise.supervisor import Supervisor, supervise
@@ -88,12 +88,12 @@ def test_a_run_that_finished_asks_for_nothing(run: RunDir) -> None:
 
 
 def test_a_run_that_saved_is_queued_again_and_says_when_that_was_seen(
-    run: RunDir, capsys: pytest.CaptureFixture[str]
+    run: RunDir, capfd: pytest.CaptureFixture[str]
 ) -> None:
     scheduler = FakeScheduler([RUNNING, RUNNING, JobState("COMPLETING", restarts=1)])
     assert attempt(run, scheduler, "raise SystemExit(75)") == 75
     assert scheduler.requests == ["requeue 25"]
-    assert "requeue: the scheduler took it" in capsys.readouterr().err
+    assert "requeue: the scheduler took it" in capfd.readouterr().err
     assert read_ledger(run)[0].cause == "stopped"
 
 
@@ -110,15 +110,76 @@ def test_a_run_that_the_scheduler_has_queued_again_is_left_to_it(run: RunDir) ->
 
 
 def test_a_run_that_finished_while_it_was_queued_again_is_finished(run: RunDir) -> None:
-    assert attempt(run, FakeScheduler([RUNNING, JobState("COMPLETING", restarts=1)]), "") == 0
+    assert attempt(run, FakeScheduler([RUNNING, JobState("COMPLETING", restarts=1)]), STEP_7) == 0
     assert read_ledger(run)[0].action == "finish"
 
 
-def test_a_requeue_that_nobody_saw_is_not_said_to_have_happened(
-    run: RunDir, capsys: pytest.CaptureFixture[str]
+def test_a_program_that_ends_with_0_when_it_is_told_to_has_not_finished(run: RunDir) -> None:
+    """It does not know our exit codes; on Slurm before 24.05 its job would have ended for good."""
+    preempted = JobState("RUNNING", preempting=True)
+    scheduler = FakeScheduler([RUNNING, preempted, JobState("PENDING", restarts=1)])
+    attempt(run, scheduler, "")
+    assert scheduler.requests == ["requeue 25"]
+    assert read_ledger(run)[0].cause == "preempted"
+
+
+def test_a_supervisor_that_fails_closes_and_queues_its_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("of the test")
+
+    monkeypatch.setattr(watch.Watch, "_learn", lambda self: broken() if self._due else None)
+    monkeypatch.setattr(watch, "_LEARN_EVERY_S", 0.0)
+    scheduler = FakeScheduler([RUNNING, RUNNING, JobState("PENDING", restarts=1)])
+    attempt(run, scheduler, f"{STEP_7}; import time; time.sleep(60)")
+    (closed,) = read_ledger(run)
+    assert (closed.cause, closed.action) in {("crashed", "requeue"), ("crashed", "hold")}
+    assert "the supervisor failed: ValueError: of the test" in closed.detail
+
+
+def test_what_cannot_be_written_keeps_no_run_from_being_queued_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A full disk: neither ledger nor log nor job file."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hpc_ds.supervise.ledger.append_line", full)
+    monkeypatch.setattr("hpc_ds.script.submit.write_json", full)
+    monkeypatch.setattr("os.write", full)
+    scheduler = FakeScheduler([RUNNING, RUNNING, JobState("PENDING", restarts=1)])
+    assert attempt(run, scheduler, "raise SystemExit(75)") == 75
+    assert scheduler.requests == ["requeue 25"]
+
+
+def test_two_jobs_that_begin_in_the_same_moment_do_not_both_run_it(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpc_ds.supervise.ledger._CLAIM_S", 0.0)
+    real = RunDir.attempt_logs
+
+    def other_was_quicker(self: RunDir, number: int) -> Path:
+        path = real(self, number)
+        if not path.exists():
+            path.mkdir(parents=True)
+            append_line(self.ledger, {"event": "opened", "number": number, "job_id": "24", "opened": 1.0})
+        return path
+
+    monkeypatch.setattr(RunDir, "attempt_logs", other_was_quicker)
+    with pytest.raises(RunError, match="another job began attempt 1 in the same moment; cancel one of them"):
+        attempt(run, FakeScheduler([RUNNING]), "")
+
+
+def test_an_attempt_that_never_got_into_the_ledger_is_passed_over(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpc_ds.supervise.ledger._CLAIM_S", 0.0)
+    run.attempt_logs(1).mkdir(parents=True)
+    attempt(run, FakeScheduler([RUNNING]), "")
+    assert [one.number for one in read_ledger(run)] == [2]
+
+
+def test_a_requeue_that_nobody_saw_is_not_said_to_have_happened(run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
     attempt(run, FakeScheduler([RUNNING]), "raise SystemExit(75)")
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert "requeue: asked for, not yet seen" in said
     assert "took it" not in said
 
@@ -129,7 +190,9 @@ def test_a_crash_is_held_and_its_rank_named(run: RunDir) -> None:
     assert scheduler.requests == ["hold 25"]
     (closed,) = read_ledger(run)
     assert (closed.cause, closed.action) == ("crashed", "hold")
-    assert closed.detail.startswith("held: it crashed before its first step, and would again (rank 0 on ")
+    assert closed.detail.startswith(
+        "held: it crashed before its first step (it has told of none), and would again (rank 0 on "
+    )
     assert closed.detail.endswith(": exit code 3, words)")
     assert closed.failure is not None
     assert (closed.failure["rank"], closed.failure["last_lines"]) == (0, ["words"])
@@ -157,7 +220,7 @@ def test_a_scheduler_that_never_answers_does_not_stop_a_run(run: RunDir, monkeyp
 
 
 def test_where_nobody_may_queue_it_again_a_job_of_its_own_goes_on(
-    run: RunDir, capsys: pytest.CaptureFixture[str]
+    run: RunDir, capfd: pytest.CaptureFixture[str]
 ) -> None:
     scheduler = FakeScheduler([JobState("RUNNING", nodes="vm", may_requeue=False)])
     assert attempt(run, scheduler, "raise SystemExit(75)") == 75
@@ -167,7 +230,7 @@ def test_where_nobody_may_queue_it_again_a_job_of_its_own_goes_on(
     assert closed.detail.endswith("; as job 1")
     assert read_object(run.job)["job_id"] == "1"
     assert read_object(run.job)["earlier"] == ["25"]
-    assert "successor: job 1 goes on when this one has ended" in capsys.readouterr().err
+    assert "successor: job 1 goes on when this one has ended" in capfd.readouterr().err
 
 
 def test_a_requeue_that_is_refused_is_followed_by_a_successor(run: RunDir) -> None:
@@ -183,11 +246,11 @@ def test_a_hold_that_is_refused_ends_the_job_and_stays_a_hold(run: RunDir) -> No
     assert read_ledger(run)[0].action == "hold"
 
 
-def test_where_nothing_can_be_asked_the_run_says_who_has_to(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_nothing_can_be_asked_the_run_says_who_has_to(run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
     absent = NoProgramError(["scontrol"], None, "", "scontrol: no such program on PATH")
     scheduler = FakeScheduler([absent], requeue=absent, submit=SubmitError("sbatch: no such program on PATH"))
     assert attempt(run, scheduler, "raise SystemExit(75)") == 75
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert said.count("scontrol: no such program on PATH; the run goes on without the scheduler's word") == 1
     assert f"no successor either: sbatch: no such program on PATH; `hpcds resume {run.root}` continues the run" in said
     (closed,) = read_ledger(run)
@@ -195,24 +258,24 @@ def test_where_nothing_can_be_asked_the_run_says_who_has_to(run: RunDir, capsys:
 
 
 def test_a_scheduler_that_is_away_is_asked_again_until_it_answers(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(talk, "_PATIENCE_S", 60.0)
     monkeypatch.setattr(supervisor, "_ANSWER_AT_END_S", 60.0)
     scheduler = FakeScheduler([RUNNING, DOWN, DOWN, RUNNING, JobState("PENDING", restarts=1)])
     attempt(run, scheduler, "raise SystemExit(75)")
     assert scheduler.requests == ["requeue 25"]
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert said.count("the scheduler does not answer") == 1
     assert "the scheduler answers again" in said
     assert "requeue: the scheduler took it" in said
 
 
-def test_a_run_that_finished_is_not_run_again(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_finished_is_not_run_again(run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
     assert attempt(run, FakeScheduler([RUNNING]), "") == 0
     assert attempt(run, FakeScheduler([RUNNING]), "raise SystemExit(3)") == 0
     assert len(read_ledger(run)) == 1
-    assert "the run finished in attempt 1; there is nothing left to do" in capsys.readouterr().err
+    assert "the run finished in attempt 1; there is nothing left to do" in capfd.readouterr().err
 
 
 def test_two_jobs_do_not_run_one_run(run: RunDir) -> None:
@@ -223,14 +286,14 @@ def test_two_jobs_do_not_run_one_run(run: RunDir) -> None:
     assert [one.cause for one in read_ledger(run)] == ["lost", "finished"]
 
 
-def test_a_node_that_failed_twice_is_not_asked_for_again(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_node_that_failed_twice_is_not_asked_for_again(run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         number = open_attempt(run, "25", "n1", "n1").number
         close_attempt(run, number, cause="node_failure", action="leave", node="n3")
     scheduler = FakeScheduler([RUNNING, RUNNING, JobState("PENDING", restarts=1)])
     attempt(run, scheduler, "raise SystemExit(75)", resources={"exclude": ["n9"]})
     assert scheduler.requests == ["requeue 25", "exclude 25 n9 n3"]
-    assert "the next attempt avoids n3, which failed twice or more" in capsys.readouterr().err
+    assert "the next attempt avoids n3, which failed twice or more" in capfd.readouterr().err
 
 
 def test_an_array_task_goes_by_array_and_number(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
