@@ -95,10 +95,10 @@ def test_a_dead_node_ends_its_job_and_can_return(slurm_cluster: SlurmCluster) ->
 
 
 def test_jobs_outlive_a_restart_of_the_controller(slurm_cluster: SlurmCluster) -> None:
-    script = "#!/bin/bash\necho ready\nsrun bash -c 'until [[ -e go ]]; do sleep 0.2; done'\n"
+    script = "#!/bin/bash\nsrun bash -c 'echo ready; until [[ -e go ]]; do sleep 0.2; done'\n"
     (slurm_cluster.jobs_folder / "go").unlink(missing_ok=True)
     job_id = slurm_cluster.submit(script, "--nodes=2")
-    slurm_cluster.wait_for(lambda: "ready" in slurm_cluster.output(job_id), 30, "the job's start")
+    slurm_cluster.wait_for(lambda: slurm_cluster.output(job_id).count("ready") == 2, 30, "both tasks")
     slurm_cluster.stop_slurmctld()
     slurm_cluster.start_slurmctld()
     assert slurm_cluster.job(job_id)["JobState"] == "RUNNING"
