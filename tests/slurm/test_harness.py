@@ -103,7 +103,7 @@ def test_jobs_outlive_a_restart_of_the_controller(slurm_cluster: SlurmCluster) -
     slurm_cluster.start_slurmctld()
     assert slurm_cluster.job(job_id)["JobState"] == "RUNNING"
     (slurm_cluster.jobs_folder / "go").touch()
-    assert slurm_cluster.wait_for_state(job_id, "COMPLETED", 60)["Restarts"] == "0"
+    assert slurm_cluster.wait_for_state(job_id, "COMPLETED", 120)["Restarts"] == "0"
 
 
 def test_without_accounting_sacct_says_so(slurm_cluster: SlurmCluster) -> None:
