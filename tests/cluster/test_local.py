@@ -287,7 +287,9 @@ def test_a_crash_before_the_first_step_is_held_and_said_why(bench: Bench) -> Non
     job = bench.start("print('last words')\nsys.exit(3 if attempt == 1 else 0)")
     assert job.wait_over() == "held"
     (attempt,) = read_ledger(job.run)
-    assert attempt.detail.startswith("held: it crashed before its first step, and would again (rank 0 on ")
+    assert attempt.detail.startswith(
+        "held: it crashed before its first step (it has told of none), and would again (rank 0 on "
+    )
     assert attempt.failure is not None
     assert attempt.failure["last_lines"] == ["last words"]
     assert status_of(job.run).reason == attempt.detail
