@@ -147,8 +147,10 @@ class Supervisor:
     def _ended(self, exit_code: int, runner: Runner, watch: Watch, restarts: int, patience_s: float) -> Ended:
         near_limit = watch.near_limit  # before asking: that may take long
         told = watch.told if watch.told is not None and watch.told.state != "RUNNING" else None
-        if told is None and (exit_code != 0 or not self._joined()):
+        if told is None and exit_code != 0:
             told = self._talk.show(patience_s)
+        elif told is None and not self._joined():
+            told = self._talk.show(min(patience_s, _ANSWER_AT_START_S))
         due_to = runner.due_to or ("NODE FAILURE" if runner.lost_node else None)
         return Ended(
             exit_code, told or watch.told, restarts, watch.terminated, due_to,
@@ -232,7 +234,7 @@ class Supervisor:
         try:
             return watch.until_ended(runner, close_early)
         except Exception as error:  # noqa: BLE001 - whatever it was, the run must be closed and queued again
-            traceback.print_exc()
+            say(traceback.format_exc())
             runner.failure = Failure(
                 None, node_name(), 1, f"the supervisor failed: {type(error).__name__}: {error}", []
             )
