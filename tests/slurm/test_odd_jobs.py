@@ -67,7 +67,7 @@ def prepared(life: Life, name: str) -> Run:
     """A run folder without a job, where the script expects it."""
     asked = ["resources.nodes=2", "checkpoint.every_steps=4", "resources.time=10"]
     job = build_job({"script": str(PACED), "name": "by-hand"}, asked, PACE, file="by hand", base=life.runs.folder)
-    run = prepare(job, load_site("slurm"), life.runs.folder / "runs")
+    run = prepare(job, load_site("slurm"), life.runs.folder / "runs", {})
     (life.runs.folder / name).symlink_to(run.root)
     return Run(run.root, "", life.runs.hpcds)
 
