@@ -19,7 +19,7 @@ from hpc_ds.cluster.shell import Shell, run
 from hpc_ds.errors import CommandError, NoAnswerError, NoProgramError, RefusedError, SchedulerError, SubmitError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from hpc_ds.cluster.parse import Account
@@ -39,6 +39,21 @@ _IS_GONE = re.compile(r"down|fail|.*\*")  # an asterisk: it does not answer
 def is_for_now(stderr: str) -> bool:
     """Whether these words of a client say that slurmctld is away or busy, rather than that it has decided."""
     return _FOR_NOW.search(stderr) is not None
+
+
+def nodes_needed(fields: Mapping[str, str]) -> int:
+    """Nodes that a job asks for, from what scontrol shows of it.
+
+    NumNodes alone is not it: while a job that is queued again ends, it counts down with the nodes that are still busy.
+    """
+    names = ("NumNodes", "NumTasks", "NtasksPerN:B:S:C")
+    nodes, tasks, per_node = (_first_number(fields.get(name, "")) for name in names)
+    return max(nodes, -(-tasks // per_node) if per_node else 0, 1)
+
+
+def _first_number(text: str) -> int:
+    digits = re.match(r"[0-9]+", text)
+    return int(digits[0]) if digits else 0
 
 
 class Slurm:
@@ -136,7 +151,7 @@ class Slurm:
         said = self._shell(["scontrol", "show", "job", "-o", job_id], timeout_s=20.0).stdout.partition("\n")[0]
         fields = parse_fields(said.partition(" Command=")[0])
         left = self._working_nodes(fields.get("Partition", "")) - set(nodes)
-        needed = int(re.match(r"\d*", fields.get("NumNodes", ""))[0] or 1)  # type: ignore[index] # it always matches
+        needed = nodes_needed(fields)
         if len(left) < needed:
             raise RefusedError(
                 f"job {job_id}: of its partition only {len(left)} nodes would be left, and it needs {needed}"

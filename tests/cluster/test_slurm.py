@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 from fakes import FakeShell, refusal
 
-from hpc_ds.cluster.parse import parse_time
+from hpc_ds.cluster.parse import parse_fields, parse_time
 from hpc_ds.cluster.scheduler import JobState
-from hpc_ds.cluster.slurm import Slurm
+from hpc_ds.cluster.slurm import Slurm, nodes_needed
 from hpc_ds.errors import CommandError, NoProgramError, ParseError, RefusedError, SchedulerError, SubmitError
 from hpc_ds.run_dir import RunDir
 
@@ -152,6 +152,21 @@ def test_nodes_are_excluded_where_enough_are_left() -> None:
     assert shell.commands[-1] == ["scontrol", "update", "JobId=11", "ExcNodeList=n1"]
     with pytest.raises(RefusedError, match="job 11: of its partition only 1 nodes would be left, and it needs 2"):
         Slurm(shell).exclude("11", ["n1", "n2"])
+
+
+@pytest.mark.parametrize(
+    ("shown", "needed"),
+    [
+        ("NumNodes=3-3 NumCPUs=3 NumTasks=3 NtasksPerN:B:S:C=1:0:*:*", 3),
+        ("NumNodes=1 NumCPUs=1 NumTasks=4 NtasksPerN:B:S:C=2:0:*:*", 2),  # of two nodes one is still ending
+        ("NumNodes=1 NumCPUs=1 NumTasks=5 NtasksPerN:B:S:C=2:0:*:*", 3),
+        ("NumNodes=2 NumTasks=2 NtasksPerN:B:S:C=0:0:*:*", 2),
+        ("NumTasks= NtasksPerN:B:S:C=*:0:*:*", 1),
+        ("", 1),
+    ],
+)
+def test_nodes_that_a_job_needs(shown: str, needed: int) -> None:
+    assert nodes_needed(parse_fields(shown)) == needed
 
 
 def test_a_successor_starts_when_the_job_has_ended(tmp_path: Path) -> None:
