@@ -247,7 +247,8 @@ class Supervisor:
     def _act(self, attempt: Attempt, ended: Ended) -> None:
         """Let the run start again, or be held, and say so when that was seen."""
         excluded = excluded_nodes(read_ledger(self._run), self._job.restart.max_excluded_nodes)
-        exclude = [*self._job.resources.exclude, *excluded] if excluded else []
+        pinned = self._job.resources.sbatch.get("nodelist")  # the job would wait for ever for what it may not have
+        exclude = [*self._job.resources.exclude, *excluded] if excluded and not pinned else []
         if attempt.action in {"requeue", "hold"}:
             try:
                 seen = self._queue_again(attempt, ended)
