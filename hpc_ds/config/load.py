@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from hpc_ds.config.job import JobConfig, Resources
 from hpc_ds.config.model import check, nearest
 from hpc_ds.config.site import Detect, SiteConfig
-from hpc_ds.config.training import load_training, resolve_batch_sizes
 from hpc_ds.errors import ConfigError, SiteError
 from hpc_ds.shipped import shipped
 
@@ -152,6 +151,8 @@ def check_training(data: dict[str, Any], resources: Resources, file: str) -> lis
     Raises:
         ConfigError: an unknown key, a value out of range, or batch sizes that contradict each other.
     """
+    from hpc_ds.config.training import load_training, resolve_batch_sizes  # the supervisor does without
+
     config, warnings = load_training(data, f"{file}: training")
     if config.train_batch_size is not None or config.train_micro_batch_size_per_gpu is not None:
         resolve_batch_sizes(config, resources.world_size, in_words(resources))

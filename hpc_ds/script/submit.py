@@ -16,6 +16,7 @@ from hpc_ds.config.load import resolved
 from hpc_ds.config.paths import check_paths
 from hpc_ds.errors import HpcdsError, RunError, SchedulerError, SubmitError
 from hpc_ds.run_dir import RunDir, as_text, read_object, write_atomic, write_json
+from hpc_ds.script.job_file import note_job
 from hpc_ds.script.plan import Plan, plan_of
 from hpc_ds.script.provenance import take_snapshot, write_provenance
 from hpc_ds.script.render import environment_file, render
@@ -196,18 +197,6 @@ def queue(run: RunDir, site: SiteConfig, after: str | None = None) -> str:
     note_job(run, site, job_id)
     redirect(run, before, job_id, scheduler)
     return job_id
-
-
-def note_job(run: RunDir, site: SiteConfig, job_id: str) -> None:
-    """Write down which job a run is now, and which it was before. Submitter and job both do: the first one counts."""
-    before = read_object(run.job)
-    if before.get("job_id") == job_id:
-        return
-    earlier = [*before.get("earlier", []), before["job_id"]] if before.get("job_id") else []
-    now = time.time()
-    queued = {**before.get("queued", {}), job_id: now}
-    data = {"job_id": job_id, "site": site.name, "submitted": now, "earlier": earlier, "queued": queued}
-    write_json(run.job, data)
 
 
 def changed_files(run: RunDir, job: JobConfig, site: SiteConfig) -> dict[Path, str]:

@@ -17,7 +17,8 @@ from hpc_ds.cluster.slurm import Slurm
 from hpc_ds.config.load import resolved
 from hpc_ds.config.paths import check_paths
 from hpc_ds.errors import RunError, SchedulerError, SubmitError
-from hpc_ds.run_dir import RunDir, as_text, new_folder, read_object, remember, write_atomic, write_json
+from hpc_ds.run_dir import RunDir, as_text, new_folder, remember, write_atomic, write_json
+from hpc_ds.script.job_file import note_job
 from hpc_ds.script.plan import plan_of
 from hpc_ds.script.provenance import take_snapshot, write_provenance
 from hpc_ds.script.render import render
@@ -129,18 +130,9 @@ def queue_sweep(sweep: SweepDir, site: SiteConfig, numbers: Sequence[int], after
         array = f"--array={','.join(_ranges(numbers))}{throttle}"
         job_id = Slurm().submit_script(sweep.script, [array, *([f"--dependency={after}"] if after else [])])
         for number in numbers:
-            _note(sweep.run(number), site, f"{job_id}_{number}")
+            note_job(sweep.run(number), site, f"{job_id}_{number}", durable=False)
     write_json(sweep.sweep, data | {"job_id": job_id, "submitted": time.time()})
     return job_id
-
-
-def _note(run: RunDir, site: SiteConfig, job_id: str) -> None:
-    before = read_object(run.job)
-    earlier = [*before.get("earlier", []), before["job_id"]] if before.get("job_id") else []
-    now = time.time()
-    queued = {**before.get("queued", {}), job_id: now}
-    data = {"job_id": job_id, "site": site.name, "submitted": now, "earlier": earlier, "queued": queued}
-    write_json(run.job, data, durable=False)  # the supervisor writes it again
 
 
 def _ranges(numbers: Sequence[int]) -> list[str]:

@@ -10,10 +10,10 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from hpc_ds.cluster.hook import Hook
 from hpc_ds.supervise.say import say
 
 if TYPE_CHECKING:
+    from hpc_ds.cluster.hook import Hook
     from hpc_ds.config.job import JobConfig
     from hpc_ds.run_dir import RunDir
     from hpc_ds.supervise.ledger import Attempt
@@ -31,6 +31,8 @@ class Notice:
         self._patience_s = _PATIENCE_S if attempt.action in {"finish", "leave"} else _PATIENCE_BEFORE_THE_NEXT_S
         if job.notify.command is None and job.notify.url is None:
             return
+        from hpc_ds.cluster.hook import Hook  # what it loads costs every supervisor megabytes
+
         event = {"event": "attempt_ended", "run_dir": str(run.root), "name": job.name, **asdict(attempt)}
         if len(json.dumps(event)) > _LONGEST_EVENT:
             event |= {"failure": None, "detail": attempt.detail[:1000]}

@@ -23,7 +23,7 @@ from hpc_ds.launch.failure import Failure, first_failure
 from hpc_ds.launch.local import LocalRunner
 from hpc_ds.launch.node_list import expand
 from hpc_ds.launch.srun import SrunRunner, components_of, step_command
-from hpc_ds.script.submit import note_job
+from hpc_ds.script.job_file import note_job
 from hpc_ds.script.waiting import redirect
 from hpc_ds.supervise.ledger import Attempt, close_attempt, open_attempt, outcome, read_ledger
 from hpc_ds.supervise.notify import Notice

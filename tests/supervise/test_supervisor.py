@@ -145,7 +145,7 @@ def test_what_cannot_be_written_keeps_no_run_from_being_queued_again(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("hpc_ds.supervise.ledger.append_line", full)
-    monkeypatch.setattr("hpc_ds.script.submit.write_json", full)
+    monkeypatch.setattr("hpc_ds.script.job_file.write_json", full)
     monkeypatch.setattr("os.write", full)
     scheduler = FakeScheduler([RUNNING, RUNNING, JobState("PENDING", restarts=1)])
     assert attempt(run, scheduler, "raise SystemExit(75)") == 75
