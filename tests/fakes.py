@@ -70,10 +70,6 @@ class FakeScheduler:
             raise state
         return state
 
-    def show_many(self, job_ids: Sequence[str]) -> dict[str, JobState]:
-        shown = {job_id: self.show(job_id) for job_id in job_ids}
-        return {job_id: state for job_id, state in shown.items() if state is not None}
-
     def submit(self, run: RunDir, after: str | None = None, exclude: Sequence[str] = ()) -> str:
         self._request("submit", " ".join([run.root.name, *([f"after {after}"] if after else []), *exclude]))
         return "1"

@@ -115,11 +115,6 @@ class Local:
             return JobState(state="NODE_FAIL", reason="the keeper of the job is gone", restarts=job.restarts)
         return job
 
-    def show_many(self, job_ids: Sequence[str]) -> dict[str, JobState]:
-        """What the keeper wrote of the jobs of this run; the others are absent."""
-        found = {job_id: self.show(job_id) for job_id in job_ids}
-        return {job_id: job for job_id, job in found.items() if job is not None}
-
     def cancel(self, job_id: str) -> None:
         """End the job for good."""
         job = self.show(job_id)

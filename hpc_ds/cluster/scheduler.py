@@ -76,9 +76,6 @@ class Scheduler(Protocol):
     def show(self, job_id: str) -> JobState | None:
         """What it knows of a job; None when it knows no such job (any more)."""
 
-    def show_many(self, job_ids: Sequence[str]) -> dict[str, JobState]:
-        """The same of several jobs by one question; those that it does not know are absent."""
-
     def cancel(self, job_id: str) -> None:
         """End the job for good."""
 
