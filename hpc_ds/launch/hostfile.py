@@ -1,4 +1,4 @@
-"""Hostfiles: which hosts, and how many processes on each, in DeepSpeed's form ``name slots=N``.
+"""Hostfiles: which hosts, and how many processes on each, in DeepSpeed's form ``name slots=N``; written in others too.
 
 What may be one, stricter than DeepSpeed where DeepSpeed runs on fewer hosts than meant: no host twice, no ``slots=0``,
 nothing glued to the number; a folded name ``gpu[01-04]`` stands for its hosts instead of for itself.
@@ -9,6 +9,8 @@ From Slurm, slots are the first of these that is there:
     SLURM_GPUS_PER_NODE     what a job asks of each node; a step inherits it, so there the next one goes first
     SLURM_GPUS_ON_NODE      what this node has: all its GPUs in an --exclusive job, the step's own in a step
     SLURM_TASKS_PER_NODE    one process a task, where no GPU is asked for
+
+The components of a heterogeneous job come one after the other; each has these variables with ``_HET_GROUP_n`` behind.
 
 Source: https://github.com/deepspeedai/DeepSpeed/blob/master/deepspeed/launcher/runner.py; variables as Slurm 22.05 sets
 them in batch scripts, steps, salloc and interactive steps.
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_SLOTS = 65_536
+FORMS = {
+    "deepspeed": "{name} slots={slots}\n",
+    "openmpi": "{name} slots={slots}\n",
+    "mpich": "{name}:{slots}\n",
+    "plain": "{name}\n",
+}
+"""What reads it -> a line of it; ``mpich`` is Intel MPI's machine file too."""
 _T = TypeVar("_T")
 
 # No step, or one that is the shell of its job and describes only itself: the interactive step, the batch script.
@@ -44,13 +53,19 @@ class Host(NamedTuple):
     slots: int
 
 
-def render(hosts: list[Host]) -> str:
+def render(hosts: list[Host], form: str = "deepspeed") -> str:
     """The text of a hostfile: ``parse(render(hosts)) == hosts``.
 
     Raises:
-        HostfileError: no hosts, one of them twice, or slots below 1.
+        HostfileError: no hosts, one of them twice, slots below 1, or a form that nobody knows or that cannot say it.
     """
-    return "".join(f"{name} slots={slots}\n" for name, slots in _checked("hostfile", hosts))
+    if form not in FORMS:
+        raise HostfileError(f"form {form!r}: not a form of hostfiles; use {', '.join(FORMS)}", key="form", value=form)
+    checked = _checked("hostfile", hosts)
+    if form == "mpich" and (name := next((host.name for host in checked if ":" in host.name), None)):
+        raise HostfileError(f"form 'mpich': {name!r} has a ':', which parts name and number there; use a name without")
+    line = FORMS[form]
+    return "".join([line.format(name=name, slots=slots) for name, slots in checked])
 
 
 def parse(text: str, source: str = "hostfile") -> list[Host]:
@@ -95,11 +110,35 @@ def hosts_from_slurm(environ: Mapping[str, str], slots: int | None = None) -> li
     Raises:
         HostfileError: it describes none, or its variables do not agree; it names those seen.
     """
-    if environ.get("SLURM_HET_SIZE", "1") != "1":
-        seen = _seen(environ, "SLURM_HET_SIZE")
-        raise HostfileError(f"{seen}: each component of a heterogeneous job has its own nodes; {_CURE}")
+    in_step = is_step(environ)
+    groups = 1 if in_step else _whole(environ.get("SLURM_HET_SIZE", "1"))
+    if groups == 1:
+        return _hosts_of_component(environ, slots, in_step=in_step)
+    parts = [_hosts_of_component(_component(environ, group), slots, in_step=False) for group in range(groups)]
+    if not parts:
+        raise HostfileError(f"{_seen(environ, 'SLURM_HET_SIZE')}: not a number of components; {_CURE}")
+    return _checked(_seen(environ, "SLURM_HET_SIZE"), [host for part in parts for host in part])
+
+
+def is_step(environ: Mapping[str, str]) -> bool:
+    """Whether this is a task of a step; the batch script and the shell of an interactive step are none."""
     # The batch script has no step's node list; "a step id is set" alone would not tell it from a step.
-    in_step = "SLURM_STEP_NODELIST" in environ and environ.get("SLURM_STEP_ID") not in _SHELLS
+    return "SLURM_STEP_NODELIST" in environ and environ.get("SLURM_STEP_ID") not in _SHELLS
+
+
+def _component(environ: Mapping[str, str], group: int) -> dict[str, str]:
+    """The variables of one component under their plain names; those of the first stand there without a number too."""
+    own: dict[str, str] = dict(environ) if group == 0 else {}
+    for ending in (f"_PACK_GROUP_{group}", f"_HET_GROUP_{group}"):  # the older name first
+        own |= {name.removesuffix(ending): value for name, value in environ.items() if name.endswith(ending)}
+    if "SLURM_JOB_NODELIST" not in own:
+        name = f"SLURM_JOB_NODELIST_HET_GROUP_{group}"
+        seen = _seen(environ, "SLURM_HET_SIZE")
+        raise HostfileError(f"{name}: not set, while {seen}; {_CURE}", key=name)
+    return own
+
+
+def _hosts_of_component(environ: Mapping[str, str], slots: int | None, *, in_step: bool) -> list[Host]:
     node_list, num_nodes, tasks_per_node = _STEP if in_step else _JOB
     nodes = _read(environ, node_list, expand)
     if not nodes:
