@@ -18,7 +18,9 @@ them in batch scripts, steps, salloc and interactive steps.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from itertools import starmap
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from hpc_ds.errors import HostfileError, NodeListError
@@ -29,14 +31,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_SLOTS = 65_536
-FORMS = {
-    "deepspeed": "{name} slots={slots}\n",
-    "openmpi": "{name} slots={slots}\n",
-    "mpich": "{name}:{slots}\n",
-    "plain": "{name}\n",
-}
-"""What reads it -> a line of it; ``mpich`` is Intel MPI's machine file too."""
+FORMS = {"deepspeed": " slots=", "openmpi": " slots=", "mpich": ":", "plain": ""}
+"""What reads it -> what stands between name and number; ``mpich`` is Intel MPI's machine file too, ``plain`` has none."""
 _T = TypeVar("_T")
+# What DeepSpeed and ssh would take for one host: user@host and addresses too, but no option.
+_SINGLE = re.compile(r"[^\s#\[\],-][^\s\[\],]*")
+_PLAIN_LINE = re.compile(rf"\s*({_SINGLE.pattern})\s+slots=([1-9][0-9]{{0,3}})(?=[\s#]|\Z)")
 
 # No step, or one that is the shell of its job and describes only itself: the interactive step, the batch script.
 _SHELLS = (None, "4294967290", "4294967291")
@@ -64,8 +64,10 @@ def render(hosts: list[Host], form: str = "deepspeed") -> str:
     checked = _checked("hostfile", hosts)
     if form == "mpich" and (name := next((host.name for host in checked if ":" in host.name), None)):
         raise HostfileError(f"form 'mpich': {name!r} has a ':', which parts name and number there; use a name without")
-    line = FORMS[form]
-    return "".join([line.format(name=name, slots=slots) for name, slots in checked])
+    between = FORMS[form]
+    if not between:
+        return "".join([f"{name}\n" for name, _ in checked])
+    return "".join([f"{name}{between}{slots}\n" for name, slots in checked])
 
 
 def parse(text: str, source: str = "hostfile") -> list[Host]:
@@ -78,17 +80,22 @@ def parse(text: str, source: str = "hostfile") -> list[Host]:
     """
     lines: dict[str, int] = {}
     hosts: list[Host] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
+    # Not splitlines, which ends lines where no editor does.
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1):
+        if plain := _PLAIN_LINE.match(line):
+            found = [Host(plain[1], int(plain[2]))]
+        elif not line.strip() or line.lstrip().startswith("#"):
             continue
-        where = f"{source}, line {number}"
-        for host in _line(where, line, source):
+        else:
+            found = _line(f"{source}, line {number}", line, source)
+        for host in found:
             if host.name in lines:
-                known = lines[host.name]
-                cure = f"it is on line {known} too; give each host one line"
-                raise HostfileError(f"{where}: host {host.name!r} twice; {cure}", file=source, value=line)
+                cure = f"it is on line {lines[host.name]} too; give each host one line"
+                raise HostfileError(
+                    f"{source}, line {number}: host {host.name!r} twice; {cure}", file=source, value=line
+                )
             lines[host.name] = number
-            hosts.append(host)
+        hosts += found
     if not hosts:
         raise HostfileError(f"{source}: no hosts in it; write one 'NAME slots=N' a line", file=source)
     return hosts
@@ -153,7 +160,7 @@ def _hosts_of_component(environ: Mapping[str, str], slots: int | None, *, in_ste
     each = _gpus(environ, len(nodes), tasks, in_step=in_step) or tasks
     if not each:
         raise HostfileError(f"{tasks_per_node}: not set, nor any of {', '.join(_GPUS)}; {_CURE}")
-    return _checked(_seen(environ, node_list), [Host(*pair) for pair in zip(nodes, each, strict=True)])
+    return _checked(_seen(environ, node_list), list(starmap(Host, zip(nodes, each, strict=True))))
 
 
 def write(path: Path, text: str) -> None:
@@ -179,20 +186,15 @@ def write(path: Path, text: str) -> None:
 def _checked(where: str, hosts: list[Host]) -> list[Host]:
     if not hosts:
         raise HostfileError(f"{where}: no hosts in it; name at least one")
-    name, times = Counter(host.name for host in hosts).most_common(1)[0]
-    if times > 1:
+    if len({host.name for host in hosts}) < len(hosts):
+        name, times = Counter(host.name for host in hosts).most_common(1)[0]
         raise HostfileError(f"{where}: host {name!r} {times} times; name each host once", value=name)
     for name, slots in hosts:
         if not 0 < slots <= MAX_SLOTS:
             raise HostfileError(f"{where}: slots={slots} for host {name!r}; give 1 to {MAX_SLOTS}", value=slots)
-        if not _single(name):
+        if not _SINGLE.fullmatch(name):
             raise HostfileError(f"{where}: {name!r} is not the name of one host; give one word", value=name)
     return hosts
-
-
-def _single(name: str) -> bool:
-    """Whether DeepSpeed and ssh would take this for one host: user@host and addresses too, but no option."""
-    return name.split() == [name] and name[0] not in "#-" and not any(mark in name for mark in "[],")
 
 
 def _line(where: str, line: str, source: str) -> list[Host]:
@@ -204,7 +206,7 @@ def _line(where: str, line: str, source: str) -> list[Host]:
     if not 0 < slots <= MAX_SLOTS:
         raise HostfileError(f"{where}: slots {count!r}; give 1 to {MAX_SLOTS}", file=source, value=line)
     try:
-        return [Host(each, slots) for each in ([name] if _single(name) else expand(name))]
+        return [Host(each, slots) for each in ([name] if _SINGLE.fullmatch(name) else expand(name))]
     except NodeListError as error:
         raise HostfileError(f"{where}: {error}", file=source, value=line) from error
 

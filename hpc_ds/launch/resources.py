@@ -12,8 +12,8 @@
 One host that is this machine is started locally, whatever it is called, unless ``--force_multi`` says otherwise.
 
 Filters count slots: on this machine these are places in the set of visible devices, which is rewritten only where less
-than all of it was asked for. Inside a Slurm step or allocation nothing is rewritten at all, since Slurm has bound
-devices already; there only the first slots can be taken.
+than all of it was asked for. In a Slurm step, and in the step that launcher slurm starts, nothing is rewritten at all,
+since Slurm binds devices; there only the first slots can be taken.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _pool(wish: Wish, environ: Mapping[str, str], standing_hostfile: str) -> _Po
         inside = "SLURM_JOB_ID" in environ and not is_step(environ) and _in_allocation(hosts, environ)
         return _Pool(hosts, "slurm" if inside else "ssh", bound=False)
     if "SLURM_JOB_ID" in environ and wish.launcher != "local":
-        return _of_step(wish, environ) if is_step(environ) else _Pool(hosts_from_slurm(environ), "slurm", bound=True)
+        return _of_step(wish, environ) if is_step(environ) else _Pool(hosts_from_slurm(environ), "slurm", bound=False)
     if is_step(environ):
         return _of_step(wish, environ)
     if Path(standing_hostfile).is_file() and wish.launcher != "local":
@@ -247,7 +247,7 @@ def _place_here(wish: Wish, taken: Sequence[Taken], launcher: str) -> int | None
     """Which of the hosts is this machine for sure, so that its devices can be looked at."""
     here = wish.only_node
     if here is None:
-        return 0 if launcher == "local" or taken[0].name == THIS_MACHINE else None
+        return 0 if launcher == "local" or (len(taken) == 1 and taken[0].name == THIS_MACHINE) else None
     if not 0 <= here < len(taken):
         there = f"there are {len(taken)} nodes" if len(taken) > 1 else "there is one node"
         raise ConfigError(f"--node_rank {here}: {there}; count from 0", key="node_rank", value=here)
