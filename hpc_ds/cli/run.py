@@ -257,8 +257,6 @@ def _warnings(values: dict[str, Any], script: list[str], launcher: str) -> list[
         found.append("--node_rank: counts only with --no_ssh; ignored")
     if values.get("bind_core_list") and not values.get("bind_cores_to_rank"):
         found.append("--bind_core_list: counts only with --bind_cores_to_rank; ignored")
-    if values.get("venv_script") and launcher not in {"ssh", "pdsh"}:
-        found.append(f"--venv_script: counts only with ssh and pdsh, not with {launcher}; ignored")
     if values.get("launcher_args") and launcher == "local":
         found.append("--launcher_args: ranks are started here, without a launcher; ignored")
     return found

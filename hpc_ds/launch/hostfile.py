@@ -78,26 +78,32 @@ def parse(text: str, source: str = "hostfile") -> list[Host]:
     Raises:
         HostfileError: a line is not of this form, a host is there twice, or there is none; it names the line.
     """
-    lines: dict[str, int] = {}
-    hosts: list[Host] = []
     # Not splitlines, which ends lines where no editor does.
-    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1):
-        if plain := _PLAIN_LINE.match(line):
-            found = [Host(plain[1], int(plain[2]))]
-        elif not line.strip() or line.lstrip().startswith("#"):
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
+    plain = list(map(_PLAIN_LINE.match, lines))
+    hosts = [Host(match[1], int(match[2])) for match in plain if match]
+    if len(hosts) < len(lines) or len({host.name for host in hosts}) < len(hosts):
+        hosts = _parse_each(lines, source)
+    if not hosts:
+        raise HostfileError(f"{source}: no hosts in it; write one 'NAME slots=N' a line", file=source)
+    return hosts
+
+
+def _parse_each(lines: list[str], source: str) -> list[Host]:
+    """Line by line: some are blank, or comments, or folded, or wrong."""
+    known: dict[str, int] = {}
+    hosts: list[Host] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
             continue
-        else:
-            found = _line(f"{source}, line {number}", line, source)
-        for host in found:
-            if host.name in lines:
-                cure = f"it is on line {lines[host.name]} too; give each host one line"
+        for host in _line(f"{source}, line {number}", line, source):
+            if host.name in known:
+                cure = f"it is on line {known[host.name]} too; give each host one line"
                 raise HostfileError(
                     f"{source}, line {number}: host {host.name!r} twice; {cure}", file=source, value=line
                 )
-            lines[host.name] = number
-        hosts += found
-    if not hosts:
-        raise HostfileError(f"{source}: no hosts in it; write one 'NAME slots=N' a line", file=source)
+            known[host.name] = number
+            hosts.append(host)
     return hosts
 
 
