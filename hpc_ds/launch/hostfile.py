@@ -42,7 +42,8 @@ _PLAIN_LINE = re.compile(rf"\s*({_SINGLE.pattern})\s+slots=([1-9][0-9]{{0,3}})(?
 _SHELLS = (None, "4294967290", "4294967291")
 _STEP = ("SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE")
 _JOB = ("SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_TASKS_PER_NODE")
-_GPUS = ("SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_GPUS")
+GPU_VARIABLES = ("SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_GPUS")
+"""Variables of Slurm that tell of GPUs."""
 _CURE = "give a node list and --slots"
 
 
@@ -165,7 +166,7 @@ def _hosts_of_component(environ: Mapping[str, str], slots: int | None, *, in_ste
         raise HostfileError(f"{seen}: they differ in the number of nodes; {_CURE}")
     each = _gpus(environ, len(nodes), tasks, in_step=in_step) or tasks
     if not each:
-        raise HostfileError(f"{tasks_per_node}: not set, nor any of {', '.join(_GPUS)}; {_CURE}")
+        raise HostfileError(f"{tasks_per_node}: not set, nor any of {', '.join(GPU_VARIABLES)}; {_CURE}")
     return _checked(_seen(environ, node_list), list(starmap(Host, zip(nodes, each, strict=True))))
 
 
@@ -219,7 +220,7 @@ def _line(where: str, line: str, source: str) -> list[Host]:
 
 def _gpus(environ: Mapping[str, str], num_nodes: int, tasks: list[int], *, in_step: bool) -> list[int]:
     """GPUs of each node; nothing where none were asked for."""
-    found = {name: _count_gpus(name, environ[name]) for name in _GPUS if environ.get(name)}
+    found = {name: _count_gpus(name, environ[name]) for name in GPU_VARIABLES if environ.get(name)}
     if tasks and found.get("SLURM_GPUS_PER_TASK"):
         return [found["SLURM_GPUS_PER_TASK"] * count for count in tasks]
     total, asked = found.get("SLURM_GPUS", 0), found.get("SLURM_GPUS_PER_NODE", 0)
