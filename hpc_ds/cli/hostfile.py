@@ -32,7 +32,7 @@ def hostfile(
     import json
     import os
 
-    from hpc_ds.launch.allocation import with_gpus
+    from hpc_ds.launch.gres import with_gpus
     from hpc_ds.launch.hostfile import hosts_from_list, hosts_from_slurm, render, write
 
     if node_list is None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpc_ds.cli.run_options import help_text, parse, swallowed
 from hpc_ds.errors import ConfigError
-from hpc_ds.launch.allocation import with_gpus
 from hpc_ds.launch.environment import chosen, exported, with_folder
+from hpc_ds.launch.gres import with_gpus
 from hpc_ds.launch.plan import LaunchPlan
 from hpc_ds.launch.resources import Wish, choose
 

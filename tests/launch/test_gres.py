@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hpc_ds.cluster.shell import Completed
 from hpc_ds.errors import CommandError
-from hpc_ds.launch.allocation import count_gpus, with_gpus
+from hpc_ds.launch.gres import count_gpus, with_gpus
 from hpc_ds.launch.hostfile import Host, hosts_from_slurm
 
 SALLOC = {
