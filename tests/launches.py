@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -27,6 +28,8 @@ from hpc_ds.launch.starters import starter_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from typing_extensions import Self
 
     from hpc_ds.launch.reception import Reception
 
@@ -69,6 +72,7 @@ class Launch:
 
     Attributes:
         folder: the working folder of its ranks.
+        marks: values of a variable that its processes have.
         code, out, err: once ``finish`` has returned.
     """
 
@@ -79,16 +83,17 @@ class Launch:
             folder: the working folder of ranks.
             command: what every rank runs.
             ranks: how many ranks each host has.
-            fields: more of the plan; ``names`` of the hosts, ``starter`` of this file, and ``stdout`` of the launcher.
+            fields: more of the plan; ``names`` of the hosts, ``starter`` of this file, ``stdout`` and ``python`` of the launcher.
         """
         self.folder = folder
-        self.mark = uuid.uuid4().hex
+        mark = uuid.uuid4().hex
+        self.marks = [mark]
         stdout = fields.pop("stdout", subprocess.PIPE)
-        environ = {**os.environ, MARK: self.mark, **fields.pop("environ", {})}
+        environ = {**os.environ, MARK: mark, **fields.pop("environ", {})}
         plan = {"command": list(command), "ranks": list(ranks), "cwd": str(folder), "grace_s": 60.0, **fields}
-        plan["env"] = {**plan.get("env", {}), MARK: self.mark}
+        plan["env"] = {**plan.get("env", {}), MARK: mark}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(plan)],
+            [fields.pop("python", sys.executable), __file__, json.dumps(plan)],
             env={**environ, "PYTHONPATH": str(REPOSITORY)},
             stdin=subprocess.DEVNULL,
             stdout=stdout,
@@ -97,7 +102,7 @@ class Launch:
         self.code: int | None = None
         self.out, self.err = b"", ""
 
-    def __enter__(self) -> Launch:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -115,21 +120,17 @@ class Launch:
 
     def left(self) -> list[int]:
         """The processes that belong to it, whoever their parents are."""
-        return [pid for pid in _processes() if MARK.encode() + b"=" + self.mark.encode() in _environ_of(pid)]
-
-    def running(self, word: str) -> list[int]:
-        """Those of its processes that have a word on their command line."""
-        found = []
-        for pid in self.left():
-            with suppress(OSError):
-                if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.append(pid)
-        return found
+        marks = [f"{MARK}={mark}".encode() for mark in self.marks]
+        return [pid for pid in _processes() if any(mark in _environ_of(pid) for mark in marks)]
 
     def agents(self) -> list[int]:
         """The agents proper: those whose parent is an agent's guardian."""
-        both = self.running("start_agent")
+        both = self.guardians_and_agents()
         return [pid for pid in both if _parent_of(pid) in both]
+
+    def guardians_and_agents(self) -> list[int]:
+        """The processes that run the agent's program."""
+        return [pid for pid in self.left() if any(word.endswith(b"/start_agent.py") for word in _command_of(pid))]
 
     def finish(self) -> Launch:
         """Wait for its end."""
@@ -174,9 +175,18 @@ def _environ_of(pid: int) -> bytes:
         return b""
 
 
+def _command_of(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
 def _parent_of(pid: int) -> int:
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
+        return int(
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
+        )
     except OSError:
         return 0
 
@@ -189,11 +199,16 @@ class TcpStarter:
         self.per_rank = per_rank
 
     def start(self, plan: LaunchPlan, reception: Reception) -> Iterator[Program]:
+        environ = {**os.environ, **reception.variables}
+        if self.per_rank:
+            each = f'PMI_RANK=${{PMI_RANK:-$rank}} {shlex.join(agent_command())} & pids="$pids $!"'
+            script = f"for rank in $(seq 0 {plan.world_size - 1}); do {each}; done; for pid in $pids; do wait $pid || exit; done"
+            yield Program(["sh", "-c", script], "agents", env={**environ, **self._more})
+            return
         for host in plan.hosts:
-            for rank in range(host.first_rank, host.first_rank + host.ranks) if self.per_rank else [None]:
-                own = {NODE: str(host.node_rank)} if rank is None else {"PMI_RANK": str(rank)}
-                environ = {**os.environ, **reception.variables, **own, **self._more}
-                yield Program(agent_command(), f"agent of {host.name}", [host.node_rank], env=environ)
+            own = {NODE: str(host.node_rank)}
+            name = f"agent of {host.name}"
+            yield Program(agent_command(), name, [host.node_rank], env={**environ, **own, **self._more})
 
 
 class ProgramStarter:
@@ -228,9 +243,7 @@ class SocketStarter:
 def _plan_of(told: dict[str, Any]) -> LaunchPlan:
     ranks = told.pop("ranks")
     names = told.pop("names", ["localhost"] * len(ranks))
-    hosts = tuple(
-        HostPlan(name, sum(ranks[:node]), None, ranks[node], node) for node, name in enumerate(names)
-    )
+    hosts = tuple(HostPlan(name, sum(ranks[:node]), None, ranks[node], node) for node, name in enumerate(names))
     told["command"] = tuple(told["command"])
     told["launcher_args"] = tuple(told.get("launcher_args", ()))
     return LaunchPlan(hosts=hosts, **told)
@@ -241,6 +254,8 @@ def main() -> int:
     told = json.loads(sys.argv[1])
     kind = told.pop("starter", None)
     options = told.pop("options", {})
+    if "python" in told:  # which is gone when agents are to start by it
+        Path(told.pop("python")).unlink()
     plan = _plan_of(told)
     starters = {"tcp": TcpStarter, "program": ProgramStarter, "socket": SocketStarter}
     starter = starters[kind](**options) if kind else starter_for(plan)
