@@ -67,6 +67,8 @@ ENVIRONMENT_READERS = {
     "cluster/process.py",  # what Slurm calls this node
     "cluster/local_keeper.py",
     "launch/agent.py",  # what its host gives to ranks
+    "launch/start_mpi.py",  # hands it on to mpirun
+    "launch/start_slurm.py",  # the allocation; hands it on to srun
     "supervise/supervisor.py",  # reads the job id, hands the rest on to the ranks
     "script/submit.py",  # env_from
     "cli/",  # hostfile of the job it is called in

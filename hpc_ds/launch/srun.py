@@ -17,6 +17,7 @@ from hpc_ds.cluster import process
 from hpc_ds.cluster.parse import parse_due_to, parse_lost_node, parse_task_end
 from hpc_ds.config.site_rules import fitted, gpus_per_rank, takes_full_nodes
 from hpc_ds.errors import NodeListError
+from hpc_ds.launch.allocation import components_of
 from hpc_ds.launch.container import container_options, rank_command
 from hpc_ds.launch.failure import Failure, TaskEnd, in_words, last_lines
 from hpc_ds.launch.node_list import expand
@@ -80,12 +81,6 @@ def step_command(job: JobConfig, site: SiteConfig, run: RunDir, components: int 
     """The whole srun command line of the ranks of a run: as job, site and container want it."""
     options = [*site_options(job, site), *container_options(job, site, run)]
     return srun_command(rank_command(job, site, run), fitted(job, site), options, components)
-
-
-def components_of(environ: Mapping[str, str]) -> int:
-    """Components of the heterogeneous job that this allocation is; 1 of any other."""
-    size = environ.get("SLURM_HET_SIZE", "1")
-    return int(size) if size.isdigit() and int(size) > 0 else 1
 
 
 def first_ranks(environ: Mapping[str, str]) -> dict[str, int]:
