@@ -6,6 +6,7 @@ HpcdsError                 1
 │   ├── NodeListError      2   text that is not a Slurm node list
 │   ├── HostfileError      2   a hostfile, or a filter on it
 │   └── RunError           2   a run folder, job id or run name that is not one
+├── LaunchError            1   ranks that could not be started, or a host that was lost
 ├── RankError              2   environment variables that do not say which rank this is
 ├── SchedulerError         3   what a scheduler said, or did not
 │   ├── CommandError       3   a program that could not be run, failed, or took too long
@@ -68,6 +69,10 @@ class HostfileError(ConfigError):
 
 class RunError(ConfigError):
     """A run folder, job id or run name does not name a run."""
+
+
+class LaunchError(HpcdsError):
+    """Ranks could not be started, or a host was lost with its ranks."""
 
 
 class RankError(HpcdsError):

@@ -66,6 +66,7 @@ ENVIRONMENT_READERS = {
     "cluster/connect.py",  # which cluster this is
     "cluster/process.py",  # what Slurm calls this node
     "cluster/local_keeper.py",
+    "launch/agent.py",  # what its host gives to ranks
     "supervise/supervisor.py",  # reads the job id, hands the rest on to the ranks
     "script/submit.py",  # env_from
     "cli/",  # hostfile of the job it is called in
@@ -83,6 +84,8 @@ DOORS = {
         "cluster/local_keeper.py",  # the job script
         "launch/local.py",  # the ranks
         "launch/srun.py",  # the step
+        "launch/ranks.py",  # the ranks
+        "launch/program.py",  # what brings agents to their hosts
         "cluster/hook.py",  # a user's command, beside what follows an attempt
     },
     "pydantic": {"config/"},

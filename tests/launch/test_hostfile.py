@@ -154,7 +154,10 @@ NOT_FROM_SLURM = {
     "neither tasks nor gpus": ({"SLURM_JOB_NODELIST": "n1"}, "SLURM_TASKS_PER_NODE: not set, nor any of SLURM_GPUS_"),
     "no task on a node": ({**BATCH, "SLURM_TASKS_PER_NODE": "1,0"}, "slots=0 for host 'n2'"),
     "a node twice": ({**BATCH, "SLURM_JOB_NODELIST": "n1,n1"}, "SLURM_JOB_NODELIST 'n1,n1': host 'n1' 2 times"),
-    "heterogeneous": ({**BATCH, "SLURM_HET_SIZE": "2"}, "SLURM_HET_SIZE '2': each component of a heterogeneous job"),
+    "half a heterogeneous job": (
+        {**BATCH, "SLURM_HET_SIZE": "2"},
+        "SLURM_JOB_NODELIST_HET_GROUP_1: not set, while SLURM_HET_SIZE '2'",
+    ),
 }
 
 
