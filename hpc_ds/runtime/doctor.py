@@ -35,12 +35,11 @@ from hpc_ds.errors import HpcdsError, RankError
 from hpc_ds.run_dir import write_json
 from hpc_ds.runtime import node_facts
 from hpc_ds.runtime.rank import Rank, rank_from_environment
-from hpc_ds.runtime.verdict import rates, slower
+from hpc_ds.runtime.verdict import MARK, rates, slower
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-MARK = "HPCDS-DOCTOR "
 _ROUNDS = 3
 _MEETING_SHARE = 0.5  # of the time limit
 _SHM = "/dev/shm"  # noqa: S108 - what data loaders hand tensors over in

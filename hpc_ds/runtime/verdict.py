@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+MARK = "HPCDS-DOCTOR "
+"""What a line of output with a record begins with."""
+
 PHASES = ("looking", "meeting", "measuring", "mpi", "done")
 """What a rank does one after another; its record says where it is."""
 
