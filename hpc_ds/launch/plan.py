@@ -1,12 +1,14 @@
 """What ``hpcds run`` starts: which ranks on which host, with which devices, environment and command.
 
-A plan is made once, by the launcher (``resolve.py``), printed by ``--dry-run``, and carried out by ``conduct.py``. It
-says nothing of how agents get to their hosts; MASTER_ADDR and MASTER_PORT are known only when rank 0's host has a port.
+A plan is made once, by the launcher (``resources.py`` and ``cli/run.py``), printed by ``--dry-run``, and carried out by
+``conduct.py``. It says nothing of how agents get to their hosts; MASTER_ADDR and MASTER_PORT are known only when rank
+0's host has a port.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 MAX_WORLD_SIZE = 2**20
@@ -50,7 +52,7 @@ class LaunchPlan:
         log_dir: folder of one log a rank, on the rank's host; None: the console.
         bind_cores: whether ranks are bound to cores of their own.
         core_list: the cores to part among the ranks of a host, as ``0-3,8-11``; None: all that there are.
-        venv_script: sourced by the shell that starts the agent on another host; None: nothing.
+        venv_script: sourced, on its host, by the shell that then becomes the rank; None: nothing.
         only_node: start only the ranks of this node, here; None: all of them.
     """
 
@@ -77,7 +79,7 @@ class LaunchPlan:
         """Whether ranks are told their local rank as an argument."""
         return self.local_rank_at is not None
 
-    @property
+    @cached_property
     def world_size(self) -> int:
         """Ranks of all hosts."""
         return sum(host.ranks for host in self.hosts)
