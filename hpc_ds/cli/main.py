@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from hpc_ds.cli import checkpoint, config, hostfile, init, rerun, runs, site, status, submit
+from hpc_ds.cli import checkpoint, config, doctor, hostfile, init, rerun, runs, site, status, submit
 from hpc_ds.cli.entry import main
 from hpc_ds.version import __version__
 
@@ -53,6 +53,11 @@ app.command(
     context_settings={"allow_extra_args": True, "allow_interspersed_args": False, "ignore_unknown_options": True},
 )(run_ranks)
 app.command("hostfile")(hostfile.hostfile)
+app.command(
+    "doctor",
+    # Without -h: it would be found within -Hhosts, which hpcds run takes.
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]},
+)(doctor.doctor)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.add_typer(site.app, name="site")

@@ -61,7 +61,7 @@ class Agent:
         self._port: ReservedPort | None = None
         self._grace_s = 30.0
         self._finish_at: float | None = None  # when what is left is killed
-        self._alone = False  # the launcher is dead
+        self._alone = self._terminated = False  # the launcher is dead; ranks were sent SIGTERM
         self._over = False
         self._selector = selectors.DefaultSelector()
         self._writing = False
@@ -126,7 +126,8 @@ class Agent:
                 self._selector.unregister(self._channel.writer)
                 self._writing = False
             self._channel.close()
-            self._ranks.end(signal.SIGTERM, self._grace_s)
+            if not self._terminated:  # by who has killed the launcher
+                self._pass_on(signal.SIGTERM)
 
     def _obey(self, frames: list[Frame]) -> None:
         for head, body in frames:
@@ -205,6 +206,7 @@ class Agent:
         self._pass_on(signal.Signals(head["number"]))
 
     def _pass_on(self, number: signal.Signals) -> None:
+        self._terminated |= number == signal.SIGTERM
         if number in TO_GROUP:
             self._ranks.end(number, self._grace_s)
         else:

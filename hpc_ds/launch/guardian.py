@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_PATIENCE_S, _LAST_PATIENCE_S = 5.0, 15.0
+_PATIENCE_S = 10.0
 
 
 def guarded(work: Callable[[], int], close: Sequence[int]) -> int:
@@ -32,6 +32,7 @@ def guarded(work: Callable[[], int], close: Sequence[int]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, (*_PASSED_ON, signal.SIGCHLD))
     for number in (*_PASSED_ON, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)  # one that is ignored, as below nohup, would not even be waited for
+    process.outlive_parent()  # it is not over when the launcher is
     process.adopt_orphans()
     set_up = process.child_setup(die_with_parent=signal.SIGTERM)
     child = os.fork()
@@ -76,11 +77,10 @@ def _wait(child: int) -> int:
 
 
 def _end_what_is_left() -> None:
-    process.send(process.descendants(os.getpid()), signal.SIGTERM, signal.SIGCONT)
-    kill_at = time.monotonic() + _PATIENCE_S
-    while reap_orphans(()) and time.monotonic() < kill_at - _PATIENCE_S + _LAST_PATIENCE_S:
-        if time.monotonic() > kill_at:
-            process.send(process.descendants(os.getpid()), signal.SIGKILL)
+    """Kill what there is below: the child leaves nothing behind unless it was killed, and its ranks with it."""
+    give_up_at = time.monotonic() + _PATIENCE_S
+    while reap_orphans(()) and time.monotonic() < give_up_at:
+        process.send(process.descendants(os.getpid()), signal.SIGKILL)
         signal.sigtimedwait((signal.SIGCHLD,), 0.05)
 
 

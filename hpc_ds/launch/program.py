@@ -143,7 +143,11 @@ class Program:
 
     def poll(self) -> bool:
         """Whether it has ended."""
-        if self.ended_at is None and self._process.poll() is not None:
+        pid = self._process.pid
+        if self.ended_at is None and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)  # what it has left behind; before it is reaped, the number is its own
+            self._process.wait()
             self.ended_at = time.monotonic()
         return self.ended_at is not None
 
@@ -155,7 +159,7 @@ class Program:
 
     def how(self) -> str:
         """How it ended: ``ssh worker-1: exit code 255: Permission denied``."""
-        code = self._process.poll()
+        code = self._process.returncode
         ended = "still runs" if code is None else in_words(128 - code if code < 0 else code)
         lines = [line.strip() for line in self.spoken.decode(errors="replace").splitlines() if line.strip()]
         return f"{self.what}: {ended}: {' / '.join(lines[-_LAST_LINES:]) or 'it said nothing'}"

@@ -50,21 +50,26 @@ def srun_command(argv: list[str], resources: Resources, options: list[str], comp
         options: of the site.
         components: of a heterogeneous job, whose shape only its allocation knows.
     """
-    command = ["srun"]
+    words = ["srun", *step_options(resources, components), *options]
+    return [*words, "/bin/sh", "-c", _WITH_LOG, "hpcds-rank", *argv]
+
+
+def step_options(resources: Resources, components: int = 1, *, end_with_the_first: bool = False) -> list[str]:
+    """The options of a step over the whole allocation; ``end_with_the_first`` rank that fails, or see to that oneself."""
     if components > 1:
-        command.append(f"--het-group={','.join(map(str, range(components)))}")
+        options = [f"--het-group={','.join(map(str, range(components)))}"]
     else:
-        command += [
+        options = [
             f"--nodes={resources.nodes}",
             f"--ntasks={resources.world_size}",
             f"--ntasks-per-node={resources.ranks_per_node}",
         ]
     # --wait=0: else ranks that still work when the first has finished would be killed.
-    command += ["--export=ALL", "--kill-on-bad-exit=0", "--wait=0"]
+    options += ["--export=ALL", f"--kill-on-bad-exit={int(end_with_the_first)}", "--wait=0"]
     if resources.cpus_per_task is not None and components == 1:
         # Slurm 22.05 to 23.02 do not pass the job's value on to steps.
-        command.append(f"--cpus-per-task={resources.cpus_per_task}")
-    return [*command, *options, "/bin/sh", "-c", _WITH_LOG, "hpcds-rank", *argv]
+        options.append(f"--cpus-per-task={resources.cpus_per_task}")
+    return options
 
 
 def site_options(job: JobConfig, site: SiteConfig) -> list[str]:
