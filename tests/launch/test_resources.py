@@ -276,6 +276,8 @@ def test_ranks_are_told_who_they_are() -> None:
     assert plan.local_rank_arg
     assert not LaunchPlan(hosts, ("true",), "/").local_rank_arg
     assert LaunchPlan(hosts, ("true",), "/").rank_command(1) == ("true",)
+    sourced = LaunchPlan(hosts, ("true",), "/", venv_script="activate").rank_command(0)
+    assert sourced == ("bash", "-c", '. "$0" && exec "$@"', "./activate", "true")
 
 
 @given(
