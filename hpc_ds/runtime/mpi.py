@@ -40,3 +40,17 @@ def introduce(expected: Rank, publish: Callable[[], str]) -> tuple[Rank, str]:
     found = Rank(world.rank, node.rank, world.size, node.size, "mpi4py")
     address = world.bcast(publish() if world.rank == 0 else None, root=0)
     return found, str(address)
+
+
+def world() -> dict[str, object]:
+    """What MPI says of this process: library, rank and world size. May end the process where MPI and launcher do not fit.
+
+    Raises:
+        RankError: mpi4py finds no MPI.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise RankError(f"mpi4py: cannot be used: {error}; install it and the MPI that this is launched by") from error
+    library = MPI.Get_library_version().partition("\n")[0].partition(",")[0].strip("\0 ")
+    return {"library": library, "rank": MPI.COMM_WORLD.rank, "world_size": MPI.COMM_WORLD.size}
