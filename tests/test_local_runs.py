@@ -7,15 +7,21 @@ import os
 import signal
 import time
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from whole_runs import GPT, SMALL, Run, Runs, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.local
 
 STEPS = 120  # enough that a command of a second finds it running
 OWN_LOOP = GPT.parent.parent / "own_loop" / "job.json"
+PACED = Path(__file__).resolve().parent / "paced.py"
 TWO_RANKS = ("--tasks-per-node", "2")
 
 
@@ -42,6 +48,47 @@ def causes(run: Run) -> list[str]:
 def ranks_of(run: Run) -> list[int]:
     step = json.loads((run.folder / "local" / "step.json").read_text())
     return [pid for pid, _ in step["ranks"]]
+
+
+# Two runs that mostly wait do so beside the tests of others.
+
+
+def beyond_the_limit(runs: Runs) -> tuple[Run, float]:
+    pace = ("--steps", "100000", "--slow-from", "1", "--slow-s", "0.2", "--slow-attempts", "2")
+    run = runs.submit(PACED, "--site", "local", *TWO_RANKS, "--time", "1", "--set", "restart.lead=20", args=pace)
+    run.wait_for_step(1)
+    limit_at = float((run.folder / "deadline").read_text().split()[1])
+    wait_until(lambda: len(run.lines("attempts.jsonl")) > 1, 90, run, "the end of the first attempt")
+    wait_until(lambda: run.steps()[-1]["attempt"] == 2, 60, run, "the second attempt")
+    runs.hpcds("cancel", str(run.folder))
+    run.wait_until_over()
+    return run, limit_at
+
+
+def a_loop_of_ones_own(runs: Runs) -> tuple[Run, dict[str, Any]]:
+    run = runs.submit(OWN_LOOP, "--site", "local", args=("--steps", "200", "--pause", "0.1"))
+    run.wait_for_step(10)
+    runs.hpcds("preempt", str(run.folder))
+    return run, run.wait_until_over()
+
+
+class Beside:
+    """What comes of them; what one raises is raised in its own test."""
+
+    def __init__(self, threads: ThreadPoolExecutor, folder: Path) -> None:
+        self._told: dict[str, Future[Any]] = {}
+        for story in (beyond_the_limit, a_loop_of_ones_own):
+            (folder / story.__name__).mkdir()
+            self._told[story.__name__] = threads.submit(story, Runs(folder / story.__name__, os.environ))
+
+    def __call__(self, story: Callable[[Runs], Any]) -> Any:
+        return self._told[story.__name__].result()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
+    with ThreadPoolExecutor() as threads:
+        yield Beside(threads, tmp_path_factory.mktemp("beside"))
 
 
 def test_a_preempted_run_resumes_to_the_bit(runs: Runs, undisturbed: Run) -> None:
@@ -91,20 +138,16 @@ def test_a_killed_supervisor_leaves_a_run_that_can_be_resumed(runs: Runs, undist
     assert run.losses() == undisturbed.losses()
 
 
-def test_the_time_limit_is_survived(runs: Runs) -> None:
+def test_the_time_limit_is_survived(beside: Beside) -> None:
     """A minute, of which ranks are told twenty seconds before the end, is less than these steps take."""
-    run = train(runs, "--time", "1", "--set", "restart.lead=20", steps=100_000)
-    run.wait_for_step(1)
-    limit_at = float((run.folder / "deadline").read_text().split()[1])
-    wait_until(lambda: len(run.lines("attempts.jsonl")) > 1, 90, run, "the end of the first attempt")
+    run, limit_at = beside(beyond_the_limit)
     first = run.status()["attempts"][0]
     assert first["cause"] == "walltime", run.story()
     assert first["closed"] < limit_at
     assert first["saved_step"] == first["last_step"]
-    wait_until(lambda: run.steps()[-1]["attempt"] == 2, 60, run, "the second attempt")
-    runs.hpcds("cancel", str(run.folder))
-    assert run.wait_until_over()["state"] == "cancelled"
+    assert run.status()["state"] == "cancelled"
     taken = [step["step"] for step in run.steps()]
+    assert run.steps()[-1]["attempt"] == 2
     assert taken == list(range(1, len(taken) + 1))
 
 
@@ -137,11 +180,8 @@ def test_following_shows_the_story_and_ends_with_the_run(runs: Runs) -> None:
         assert words in done.stdout
 
 
-def test_a_loop_without_the_engine_saves_itself_when_it_is_preempted(runs: Runs) -> None:
-    run = runs.submit(OWN_LOOP, "--site", "local", args=("--steps", "200", "--pause", "0.1"))
-    run.wait_for_step(10)
-    runs.hpcds("preempt", str(run.folder))
-    status = run.wait_until_over()
+def test_a_loop_without_the_engine_saves_itself_when_it_is_preempted(beside: Beside) -> None:
+    run, status = beside(a_loop_of_ones_own)
     assert causes(run) == ["preempted", "finished"], run.story()
     assert [attempt["exit_code"] for attempt in status["attempts"]] == [75, 0]
     steps = [step["step"] for step in run.steps()]
