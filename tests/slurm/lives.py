@@ -1,7 +1,7 @@
 """What becomes of runs on a cluster, several at a time: each life has nodes of its own and is told by one function.
 
 Most of a run's life on a cluster is waiting: for the queue, for signals, for KillWait. Lives on different nodes wait
-together, so a module of tests lets them all happen first (`live`) and then looks at each.
+together, so those of all modules happen first (`told` in conftest.py), and then each test looks at its own.
 """
 
 from __future__ import annotations
@@ -101,8 +101,12 @@ class Life:
         return run
 
 
-def live(cluster: SlurmCluster, folder: Path, *lanes: tuple[str, list[Callable[[Life], Any]]]) -> Told:
-    """Let the stories of all lanes happen at the same time; those of one lane one after the other, on its nodes."""
+Lane = tuple[str, list["Callable[[Life], Any]"]]
+"""Nodes, and the stories that happen on them one after the other."""
+
+
+def live(cluster: SlurmCluster, folder: Path, lanes: list[Lane], at_once: int) -> Told:
+    """Let the stories of so many lanes happen at the same time, and those of one lane one after the other."""
     told: dict[str, Future[Any]] = {}
 
     def lane(nodes: str, those: list[Callable[[Life], Any]]) -> None:
@@ -115,7 +119,7 @@ def live(cluster: SlurmCluster, folder: Path, *lanes: tuple[str, list[Callable[[
             except BaseException as error:  # noqa: BLE001 - it is raised in the story's own test
                 future.set_exception(error)
 
-    with ThreadPoolExecutor(len(lanes)) as threads:
+    with ThreadPoolExecutor(at_once) as threads:
         for nodes, those in lanes:
             threads.submit(lane, nodes, those)
     return Told(told)

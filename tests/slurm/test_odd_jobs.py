@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from lives import PACE, PACED, SLOW_FROM, Life, Told, assert_undisturbed, live
+from lives import PACE, PACED, SLOW_FROM, Lane, Life, Told, assert_undisturbed
 from run_facts import attempts, causes, environ_of, job_id_of, ranks_of, taken_again
 from whole_runs import Run
 
@@ -21,7 +21,7 @@ from hpc_ds.script.submit import prepare
 if TYPE_CHECKING:
     from slurm_cluster import SlurmCluster
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]  # of which one test waits for all lives
 
 # What a person writes by hand for a run folder that is there already.
 ARRAY = """#!/bin/bash
@@ -115,15 +115,11 @@ def a_node_on_which_ranks_die_twice(life: Life) -> Run:
     return life.wait_until_over(run)
 
 
-@pytest.fixture(scope="module")
-def told(slurm_cluster: SlurmCluster, left_alone: Run, tmp_path_factory: pytest.TempPathFactory) -> Told:
-    lanes = [
-        ("n1,n2", [a_job_that_may_not_be_requeued, told_to_stop_by_a_person, requeued_by_an_administrator]),
-        ("n3,n4", [a_heterogeneous_job, tasks_of_an_array]),
-        ("n3,n4,n5", [a_node_on_which_ranks_die_twice]),
-    ]
-    slurm_cluster.reset()
-    return live(slurm_cluster, tmp_path_factory.mktemp("odd-jobs"), *lanes)
+LANES: list[Lane] = [
+    ("n3,n4,n5", [a_node_on_which_ranks_die_twice]),
+    ("n1,n2", [a_job_that_may_not_be_requeued, told_to_stop_by_a_person, requeued_by_an_administrator]),
+    ("n3,n4", [a_heterogeneous_job, tasks_of_an_array]),
+]
 
 
 def test_of_an_array_only_the_task_that_stopped_is_requeued(told: Told, left_alone: Run) -> None:
@@ -139,27 +135,25 @@ def test_of_an_array_only_the_task_that_stopped_is_requeued(told: Told, left_alo
 
 
 def test_a_heterogeneous_job_is_one_world_that_comes_back_whole(
-    told: Told, left_alone: Run, slurm_cluster: SlurmCluster
+    told: Told, left_alone: Run, stage: SlurmCluster
 ) -> None:
     run = told(a_heterogeneous_job)
     assert causes(run) == ["crashed", "finished"], run.story()
     crash = attempts(run)[0]
     assert crash.failure is not None
     assert (crash.failure["rank"], crash.failure["host"], crash.exit_code) == (1, "n4", 137)
-    assert slurm_cluster.job(job_id_of(run))["Restarts"] == "1"
+    assert stage.job(job_id_of(run))["Restarts"] == "1"
     assert_undisturbed(run, left_alone)
 
 
-def test_where_no_requeue_is_allowed_a_successor_goes_on(
-    told: Told, left_alone: Run, slurm_cluster: SlurmCluster
-) -> None:
+def test_where_no_requeue_is_allowed_a_successor_goes_on(told: Told, left_alone: Run, stage: SlurmCluster) -> None:
     run = told(a_job_that_may_not_be_requeued)
     assert causes(run) == ["preempted", "finished"], run.story()
     first, second = attempts(run)
     assert first.action == "successor"
     assert (first.job_id, second.job_id) == (run.job_id, job_id_of(run))
     assert first.job_id != second.job_id
-    assert slurm_cluster.job(first.job_id)["Restarts"] == "0"
+    assert stage.job(first.job_id)["Restarts"] == "0"
     assert run.status()["state"] == "finished"
     assert_undisturbed(run, left_alone)
     assert taken_again(run) == []

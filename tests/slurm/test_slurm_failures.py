@@ -7,16 +7,15 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from lives import SLOW_FROM, Life, Told, assert_undisturbed, live
+from lives import SLOW_FROM, Lane, Life, Told, assert_undisturbed
 from run_facts import attempts, causes, processes_of, ranks_of, read_process, taken_again
 
 from hpc_ds.launch.node_list import expand
 
 if TYPE_CHECKING:
-    from slurm_cluster import SlurmCluster
     from whole_runs import Run
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]  # of which one test waits for all lives
 
 SAVING = ("--set", "checkpoint.every_steps=4")
 
@@ -91,18 +90,13 @@ def an_absent_controller(life: Life) -> Run:
     return life.wait_until_over(run)
 
 
-@pytest.fixture(scope="module")
-def told(slurm_cluster: SlurmCluster, left_alone: Run, tmp_path_factory: pytest.TempPathFactory) -> Told:
-    lanes = [
-        ("n1,n2,n5", [a_lost_node, a_lost_batch_node]),
-        ("n3,n4", [a_killed_rank, a_killed_supervisor]),
-        ("n3,n4", [a_rank_out_of_memory, a_crash_at_the_same_step_each_time]),
-        ("n3,n4", [a_rank_that_stands_still]),
-    ]
-    slurm_cluster.reset()
-    told = live(slurm_cluster, tmp_path_factory.mktemp("failures"), *lanes)
-    slurm_cluster.reset()
-    return told + live(slurm_cluster, tmp_path_factory.mktemp("controller"), ("n1,n2", [an_absent_controller]))
+LANES: list[Lane] = [
+    ("n11,n12,n13", [a_lost_node, a_lost_batch_node]),
+    ("n3,n4", [a_rank_that_stands_still]),
+    ("n3,n4", [a_killed_rank, a_killed_supervisor]),
+    ("n3,n4", [a_rank_out_of_memory, a_crash_at_the_same_step_each_time]),
+]
+LAST_LANES: list[Lane] = [("n1,n2", [an_absent_controller])]
 
 
 def test_a_killed_rank_is_named(told: Told, left_alone: Run) -> None:

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
-from lives import Life, Told, assert_undisturbed, live
+from lives import Lane, Life, Told, assert_undisturbed
 from run_facts import attempts, causes, taken_again
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from slurm_cluster import SlurmCluster
     from whole_runs import Run
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]  # of which one test waits for all lives
 
 LIMITED = ("--time", "2")
 BEYOND_THE_LIMIT = ("--slow-s", "4")
@@ -114,17 +113,11 @@ def until_the_limit(life: Life, run: Run) -> Limited:
     return Limited(life.wait_until_over(run), limit_at)
 
 
-@pytest.fixture(scope="module")
-def told(slurm_cluster: SlurmCluster, left_alone: Run, tmp_path_factory: pytest.TempPathFactory) -> Told:
-    lanes = [
-        ("n5", [announced]),
-        ("n5", [not_announced]),
-        ("n5", [limit_during_a_save]),
-        ("n1,n2", [with_grace, again_during_the_restart]),
-        ("n3,n4", [without_grace, during_an_asynchronous_save, of_a_loop_of_ones_own]),
-    ]
-    slurm_cluster.reset()
-    return live(slurm_cluster, tmp_path_factory.mktemp("preemption"), *lanes)
+LONG_LANES: list[Lane] = [("n6", [announced]), ("n6", [not_announced]), ("n6", [limit_during_a_save])]
+LANES: list[Lane] = [
+    ("n7,n8", [with_grace, again_during_the_restart]),
+    ("n9,n10", [without_grace, during_an_asynchronous_save, of_a_loop_of_ones_own]),
+]
 
 
 def test_with_grace_no_step_is_lost(told: Told, left_alone: Run) -> None:
