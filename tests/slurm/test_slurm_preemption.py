@@ -64,7 +64,7 @@ def again_during_the_restart(life: Life) -> Run:
 
 
 def during_an_asynchronous_save(life: Life) -> Run:
-    run = life.submit("--set", "checkpoint.every_steps=8", args=("--slow-disk-s", "1.5"))
+    run = life.submit("--set", "checkpoint.every_steps=8", args=("--slow-disk-s", "1.0"))
     life.wait_for(lambda: hidden_saves(run), run, "a save under way")
     life.preempt()
     return life.wait_until_over(run)
