@@ -271,10 +271,11 @@ class Gathering:
         """Whether all programs have ended and said their last words."""
         return all(program.seen for program in self._programs)
 
-    def stop(self, number: signal.Signals) -> None:
-        """Send all programs a signal."""
+    def stop(self, number: signal.Signals, *, incomplete: bool = False) -> None:
+        """Send all programs a signal, or those that have not brought all of their agents."""
         for program in self._programs:
-            program.stop(number)
+            if program.missing or not incomplete:
+                program.stop(number)
 
     def close(self, *, kill: bool) -> None:
         """Leave nothing of the gathering behind."""
