@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from hpc_ds.runtime.verdict import failed, nodes_of, rates
+from hpc_ds.runtime.compare import rates
+from hpc_ds.runtime.verdict import failed, nodes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
