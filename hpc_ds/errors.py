@@ -15,6 +15,8 @@ HpcdsError                 1
 │   ├── RefusedError       3   a scheduler that said no, and would say so again
 │   ├── SubmitError        3   a job that the scheduler refused
 │   └── ParseError         3   output of a scheduler that we do not understand
+├── FunctionError          1   a Python function that raised in its job, or left no result
+├── UnfinishedError        1   a Python function whose job is not over yet
 ├── CheckpointError        4   a checkpoint that could not be written or read
 │   └── DamagedError       4   files of a checkpoint that are not what was written
 └── DivergedError          5   training that cannot go on: overflow at the smallest loss scale
@@ -140,6 +142,26 @@ class ParseError(SchedulerError):
         super().__init__(message)
         self.text = text
         self.part = part
+
+
+class FunctionError(HpcdsError):
+    """A Python function raised in its job, or the job ended without its result.
+
+    Attributes:
+        job_id: the scheduler's.
+        rank: that raised, or left nothing; None where it is not about one.
+        trace: the traceback; empty where there is none.
+    """
+
+    def __init__(self, message: str, *, job_id: str = "", rank: int | None = None, trace: str = "") -> None:
+        super().__init__(message)
+        self.job_id = job_id
+        self.rank = rank
+        self.trace = trace
+
+
+class UnfinishedError(HpcdsError, TimeoutError):
+    """A Python function's job is not over yet."""
 
 
 class CheckpointError(HpcdsError):

@@ -32,10 +32,11 @@ def hostfile(
     import json
     import os
 
+    from hpc_ds.launch.gres import with_gpus
     from hpc_ds.launch.hostfile import hosts_from_list, hosts_from_slurm, render, write
 
     if node_list is None:
-        hosts = hosts_from_slurm(os.environ, slots)
+        hosts = hosts_from_slurm(os.environ if slots is not None else with_gpus(os.environ), slots)
     else:
         hosts = hosts_from_list(node_list, 1 if slots is None else slots)
     text = json.dumps([host._asdict() for host in hosts]) + "\n" if json_output else render(hosts, form)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hpc_ds.cli.run_options import help_text, parse, swallowed
 from hpc_ds.errors import ConfigError
 from hpc_ds.launch.environment import chosen, exported, with_folder
+from hpc_ds.launch.gres import with_gpus
 from hpc_ds.launch.plan import LaunchPlan
 from hpc_ds.launch.resources import Wish, choose
 
@@ -67,7 +68,9 @@ def make_plan(values: dict[str, Any], script: list[str], environ: Mapping[str, s
     _check(values, script)
     cwd = _folder()
     variables = _ours(environ, cwd) | chosen(environ, values.get("env_file", ()), values.get("env", ()))
-    resources = choose(_wish(values), {**environ, **variables})
+    wish = _wish(values)
+    known = environ if wish.hostfile is not None or wish.launcher == "local" else with_gpus(environ)
+    resources = choose(wish, {**known, **variables})
     notes.notes.extend(resources.notes)
     notes.warnings.extend(_warnings(values, script, resources.launcher))
     env = variables | resources.env
@@ -257,8 +260,6 @@ def _warnings(values: dict[str, Any], script: list[str], launcher: str) -> list[
         found.append("--node_rank: counts only with --no_ssh; ignored")
     if values.get("bind_core_list") and not values.get("bind_cores_to_rank"):
         found.append("--bind_core_list: counts only with --bind_cores_to_rank; ignored")
-    if values.get("venv_script") and launcher not in {"ssh", "pdsh"}:
-        found.append(f"--venv_script: counts only with ssh and pdsh, not with {launcher}; ignored")
     if values.get("launcher_args") and launcher == "local":
         found.append("--launcher_args: ranks are started here, without a launcher; ignored")
     return found

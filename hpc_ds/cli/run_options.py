@@ -52,7 +52,7 @@ OPTIONS = (
     Option("force_multi", "flag", 1, "Use the launcher even for one host that is this machine."),
     Option("no_ssh", "flag", 1, "Start only the ranks of --node_rank, here; the same command is run on each host."),
     Option("node_rank", "whole", 1, "Which host of the hostfile this is, with --no_ssh.", "N"),
-    Option("venv_script", "text", 1, "Source this script on each host first (ssh and pdsh).", "FILE"),
+    Option("venv_script", "text", 1, "Source this script, on its host, before each rank.", "FILE"),
     Option("bind_cores_to_rank", "flag", 1, "Give each rank cores of its own."),
     Option("bind_core_list", "text", 1, "Which cores to part among the ranks of a host: 0-3,8.", "LIST"),
     Option("grace", "seconds", 1, "From SIGTERM to SIGKILL. Default: 30.", "SECONDS", own=True),

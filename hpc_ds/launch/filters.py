@@ -135,21 +135,32 @@ def _wanted(option: str, text: str, there: dict[str, int]) -> dict[str, set[int]
 
 def _specs(option: str, text: str, there: dict[str, int]) -> Iterator[_Spec]:
     column = 1
-    pieces = text.split("@")
-    while pieces:
-        spec = pieces.pop(0)
-        # "@" also stands in names: me@worker-1.
-        if pieces and spec not in there and f"{spec}@{_name_of(pieces[0], there)}" in there:
-            spec = f"{spec}@{pieces.pop(0)}"
+    known: dict[str, list[int]] = {}  # hosts are often alike
+    pieces = iter(text.split("@"))
+    for piece in pieces:
+        spec = piece
+        name = _name_of(spec, there)
+        if name not in there and (longer := _with_user(spec, text[column + len(spec) :], there)):
+            spec, name = longer
+            next(pieces)
         if not spec:
             raise _error(option, text, column, "a host is missing; write NAME or NAME:SLOT,SLOT, parted by '@'")
-        name = _name_of(spec, there)
         slots = None
         if len(spec) > len(name):
-            slots = _slots(option, text, column + len(name) + 1, spec[len(name) + 1 :])
+            words = spec[len(name) + 1 :]
+            slots = known.get(words) or known.setdefault(words, _slots(option, text, column + len(name) + 1, words))
         for one in _names(option, text, column, name):
             yield _Spec(one, slots, column)
         column += len(spec) + 1
+
+
+def _with_user(user: str, following: str, there: dict[str, int]) -> tuple[str, str] | None:
+    """A spec and its host, where "@" stands in the name of the host: ``me@worker-1:0``."""
+    if not following:
+        return None
+    spec = f"{user}@{following.partition('@')[0]}"
+    name = _name_of(spec, there)
+    return (spec, name) if name in there else None
 
 
 def _name_of(spec: str, there: dict[str, int]) -> str:

@@ -42,7 +42,8 @@ _PLAIN_LINE = re.compile(rf"\s*({_SINGLE.pattern})\s+slots=([1-9][0-9]{{0,3}})(?
 _SHELLS = (None, "4294967290", "4294967291")
 _STEP = ("SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE")
 _JOB = ("SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_TASKS_PER_NODE")
-_GPUS = ("SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_GPUS")
+GPU_VARIABLES = ("SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_GPUS")
+"""Variables of Slurm that tell of GPUs."""
 _CURE = "give a node list and --slots"
 
 
@@ -78,26 +79,32 @@ def parse(text: str, source: str = "hostfile") -> list[Host]:
     Raises:
         HostfileError: a line is not of this form, a host is there twice, or there is none; it names the line.
     """
-    lines: dict[str, int] = {}
-    hosts: list[Host] = []
     # Not splitlines, which ends lines where no editor does.
-    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1):
-        if plain := _PLAIN_LINE.match(line):
-            found = [Host(plain[1], int(plain[2]))]
-        elif not line.strip() or line.lstrip().startswith("#"):
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
+    plain = list(map(_PLAIN_LINE.match, lines))
+    hosts = [Host(match[1], int(match[2])) for match in plain if match]
+    if len(hosts) < len(lines) or len({host.name for host in hosts}) < len(hosts):
+        hosts = _parse_each(lines, source)
+    if not hosts:
+        raise HostfileError(f"{source}: no hosts in it; write one 'NAME slots=N' a line", file=source)
+    return hosts
+
+
+def _parse_each(lines: list[str], source: str) -> list[Host]:
+    """Line by line: some are blank, or comments, or folded, or wrong."""
+    known: dict[str, int] = {}
+    hosts: list[Host] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
             continue
-        else:
-            found = _line(f"{source}, line {number}", line, source)
-        for host in found:
-            if host.name in lines:
-                cure = f"it is on line {lines[host.name]} too; give each host one line"
+        for host in _line(f"{source}, line {number}", line, source):
+            if host.name in known:
+                cure = f"it is on line {known[host.name]} too; give each host one line"
                 raise HostfileError(
                     f"{source}, line {number}: host {host.name!r} twice; {cure}", file=source, value=line
                 )
-            lines[host.name] = number
-        hosts += found
-    if not hosts:
-        raise HostfileError(f"{source}: no hosts in it; write one 'NAME slots=N' a line", file=source)
+            known[host.name] = number
+            hosts.append(host)
     return hosts
 
 
@@ -159,7 +166,7 @@ def _hosts_of_component(environ: Mapping[str, str], slots: int | None, *, in_ste
         raise HostfileError(f"{seen}: they differ in the number of nodes; {_CURE}")
     each = _gpus(environ, len(nodes), tasks, in_step=in_step) or tasks
     if not each:
-        raise HostfileError(f"{tasks_per_node}: not set, nor any of {', '.join(_GPUS)}; {_CURE}")
+        raise HostfileError(f"{tasks_per_node}: not set, nor any of {', '.join(GPU_VARIABLES)}; {_CURE}")
     return _checked(_seen(environ, node_list), list(starmap(Host, zip(nodes, each, strict=True))))
 
 
@@ -213,7 +220,7 @@ def _line(where: str, line: str, source: str) -> list[Host]:
 
 def _gpus(environ: Mapping[str, str], num_nodes: int, tasks: list[int], *, in_step: bool) -> list[int]:
     """GPUs of each node; nothing where none were asked for."""
-    found = {name: _count_gpus(name, environ[name]) for name in _GPUS if environ.get(name)}
+    found = {name: _count_gpus(name, environ[name]) for name in GPU_VARIABLES if environ.get(name)}
     if tasks and found.get("SLURM_GPUS_PER_TASK"):
         return [found["SLURM_GPUS_PER_TASK"] * count for count in tasks]
     total, asked = found.get("SLURM_GPUS", 0), found.get("SLURM_GPUS_PER_NODE", 0)

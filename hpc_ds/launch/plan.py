@@ -52,7 +52,7 @@ class LaunchPlan:
         log_dir: folder of one log a rank, on the rank's host; None: the console.
         bind_cores: whether ranks are bound to cores of their own.
         core_list: the cores to part among the ranks of a host, as ``0-3,8-11``; None: all that there are.
-        venv_script: sourced by the shell that starts the agent on another host; None: nothing.
+        venv_script: sourced, on its host, by the shell that then becomes the rank; None: nothing.
         only_node: start only the ranks of this node, here; None: all of them.
     """
 

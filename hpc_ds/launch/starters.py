@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import socket
@@ -18,15 +19,28 @@ if TYPE_CHECKING:
     from hpc_ds.launch.reception import Reception, Starter
 
 
+# Loaded only where they are asked for: a local launch starts in milliseconds.
+_ELSEWHERE = {
+    "openmpi": ("start_mpi", "OpenMpiStarter"),
+    "mpich": ("start_mpi", "MpichStarter"),
+    "impi": ("start_mpi", "IntelMpiStarter"),
+    "slurm": ("start_slurm", "SlurmStarter"),
+}
+
+
 def starter_for(plan: LaunchPlan) -> Starter:
     """The starter that a plan names.
 
     Raises:
         LaunchError: there is none of that name.
     """
+    if plan.launcher in _ELSEWHERE:
+        module, name = _ELSEWHERE[plan.launcher]
+        starter: type[Starter] = getattr(importlib.import_module(f"hpc_ds.launch.{module}"), name)
+        return starter()
     starters: dict[str, type[Starter]] = {"local": LocalStarter, "ssh": SshStarter, "pdsh": PdshStarter}
     if plan.launcher not in starters:
-        raise LaunchError(f"launcher {plan.launcher!r}: not one of {', '.join(starters)}; choose one")
+        raise LaunchError(f"launcher {plan.launcher!r}: not one of {', '.join([*starters, *_ELSEWHERE])}; choose one")
     return starters[plan.launcher]()
 
 

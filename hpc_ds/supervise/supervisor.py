@@ -18,12 +18,13 @@ from hpc_ds.cluster.connect import scheduler_named
 from hpc_ds.cluster.process import node_name
 from hpc_ds.config.load import load_resolved, load_site
 from hpc_ds.errors import RefusedError, RunError
+from hpc_ds.launch.allocation import components_of
 from hpc_ds.launch.container import prepare_container, rank_command
 from hpc_ds.launch.failure import Failure, first_failure
 from hpc_ds.launch.local import LocalRunner
 from hpc_ds.launch.node_list import fold
 from hpc_ds.launch.runner import CHECKPOINTED
-from hpc_ds.launch.srun import SrunRunner, components_of, step_command
+from hpc_ds.launch.srun import SrunRunner, step_command
 from hpc_ds.script.job_file import note_job
 from hpc_ds.script.waiting import redirect
 from hpc_ds.supervise import preflight

@@ -220,7 +220,6 @@ WARNED = {
     "train.py --master_port 3 --num-gpus=2": "--master_port, --num-gpus: stands behind 'train.py' and goes to it",
     "--node_rank 0 train.py": "--node_rank: counts only with --no_ssh; ignored",
     "--bind_core_list 0 train.py": "--bind_core_list: counts only with --bind_cores_to_rank; ignored",
-    "--venv_script v train.py": "--venv_script: counts only with ssh and pdsh, not with local; ignored",
     "--launcher_args -v train.py": "--launcher_args: ranks are started here, without a launcher; ignored",
     "train.py": "no GPU is visible here: one rank is started",
 }
@@ -297,3 +296,45 @@ def test_nothing_heavy_is_loaded(here: Path) -> None:
     assert "hpc_ds.launch.plan" in loaded
     heavy = {"torch", "typer", "pydantic", "pydantic_core", "jinja2", "rich", "click", "numpy", "asyncio", "mpi4py"}
     assert sorted(heavy & set(loaded)) == []
+
+
+TELLS = """
+import json, os, pathlib, sys, time
+rank = os.environ["RANK"]
+told = {name: os.environ.get(name) for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "A", "B", "MINE", "PYTHONPATH")}
+port = int(os.environ["MASTER_PORT"])
+left = {path.name: path.read_text() for path in pathlib.Path(os.environ["TMPDIR"]).glob("*.deepspeed")}
+pathlib.Path("half-" + rank).write_text(json.dumps([told, sys.argv[1:], os.getcwd(), port, left]))
+os.rename("half-" + rank, "rank-" + rank)
+while rank == "1" and not os.path.exists("rank-0"):  # else rank 0 is ended before it has said anything
+    time.sleep(0.01)
+sys.exit(3 if rank == "1" else 0)
+"""
+
+
+def test_ranks_start_and_their_exit_code_is_ours(here: Path) -> None:
+    (here / "train.py").write_text(TELLS)
+    (here / "tmp").mkdir()
+    (here / "file").write_text("A=from, the 'file'\nB=b\n")
+    repository = os.path.dirname(os.path.dirname(sys.modules["hpc_ds"].__file__ or ""))  # noqa: PTH120
+    environ = {**os.environ, "PYTHONPATH": repository, "TMPDIR": str(here / "tmp"), "MINE": "x"}
+    words = ["--num_gpus", "2", "--save_pid", "--env-file", "file", "--env", "B=b\nb", "train.py", "--x", "a b", ""]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "hpc_ds", "run", *words], env=environ, stderr=subprocess.PIPE, text=True
+    )
+    said = launcher.communicate(timeout=300)[1]
+    assert launcher.returncode == 3
+    assert said.splitlines()[-1] == "hpcds run: rank 1 on localhost: exit code 3"
+    assert list((here / "tmp").iterdir()) == []
+    ports = set()
+    for rank in (0, 1):
+        told, args, folder, port, left = json.loads((here / f"rank-{rank}").read_text())
+        ports.add(port)
+        assert told == {
+            "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "A": "from, the 'file'", "B": "b\nb",
+            "MINE": "x", "PYTHONPATH": f"{here}:{repository}",
+        }  # fmt: skip
+        assert args == [f"--local_rank={rank}", "--x", "a b", ""]
+        assert folder == str(here)
+        assert left == {f"{launcher.pid}.deepspeed": str(launcher.pid)}
+    assert len(ports) == 1

@@ -175,7 +175,20 @@ def made_by_chance(number: int) -> list[tuple[str, str, str, int, int]]:
     return cases
 
 
-CHANCE = made_by_chance(600)
+# Lines of hostfiles, put together by chance: the escapes are blanks, digits and line ends of other alphabets.
+NOISE = [
+    "w0 slots=2", "\tw1   slots=4 # the slow one", "w2 slots=4 max_slots=8", "w3\tslots=1\r", "", " ", "#", "  # w4 slots=4",
+    "w4 slots=", "w4 slots=4x", "w4 slots=0", "w4 slots=01", "w4", "w4 gpus slots=2", "w4\u00a0slots=2", "w4 slots=\uff12",
+    "w4 slots=2\x0bw5 slots=2", "w4 slots=2\u2028w5 slots=2", "w4 slots=2\rw5 slots=2", "w4 slots=2\x00", "w4 slots=2,",
+]  # fmt: skip
+
+
+def noisy(number: int) -> list[tuple[str, str, str, int, int]]:
+    chance = random.Random(11)
+    return [("\n".join(chance.sample(NOISE, chance.randint(1, 4))) + "\n", "", "", -1, -1) for _ in range(number)]
+
+
+CHANCE = [*made_by_chance(600), *noisy(400)]
 
 
 @pytest.fixture(scope="module")
