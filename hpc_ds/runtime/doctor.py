@@ -200,6 +200,7 @@ def _measure(record: Record) -> None:
 
     record.enter("measuring")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    record.data["device"] = device.type
     try:
         nodes = measure.ranks_by_node(measure.meet(record.data["node"]))
         record.data["clock"] = measure.clock(nodes)

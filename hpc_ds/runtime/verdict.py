@@ -337,9 +337,12 @@ def _unlike(by_node: Mapping[str, list[Record]]) -> Iterator[Finding]:
 
 
 def _slow(records: Sequence[Record], asked: Asked) -> Iterator[Finding]:
+    # Cores of a node that is shared with other jobs have its memory's bandwidth together.
+    on_gpus = any(record.get("device") == "cuda" for record in records)
     for what, of_nodes in rates(records).items():
         for node, share in slower(of_nodes).items():
-            level = asked.slow if share < _MUCH_SLOWER and len(of_nodes) > 2 else "warn"
+            sure = len(of_nodes) > 2 and (on_gpus or what != "memory bandwidth")
+            level = asked.slow if share < _MUCH_SLOWER and sure else "warn"
             than = "the median of all nodes" if len(of_nodes) > 2 else "the other node"
             yield Finding(node, what, level, f"{what}: {share:.0%} of {than}", share, SLOW)
 

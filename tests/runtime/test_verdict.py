@@ -39,6 +39,7 @@ def record(rank: int) -> dict[str, Any]:
         "gpus": gpus,
         "own_gpu": {"index": local, "free_mib": 79000, "total_mib": 80000, "right": True},
         "clock": {"skew_s": 0.001, "round_trip_s": 1e-4} if local == 0 and node else None,
+        "device": "cuda",
         "speed": {"matmul_s": 0.01, "memory_gb_s": 10.0},
         "links": [{"from": (rank - RANKS * step) % 6, "gb_s": 12.0} for step in (1, 2)],
         "all_reduce": [{"bytes": 8, "seconds": 1e-5, "gb_s": 0.001}, {"bytes": 1 << 26, "seconds": 0.01, "gb_s": 11.0}],
@@ -281,6 +282,11 @@ def test_a_node_alone_is_to_blame_for_what_it_has() -> None:
 def test_of_two_nodes_none_is_called_slow_lightly() -> None:
     two = [one for one in with_fault(2, 3, speed={"matmul_s": 0.019, "memory_gb_s": 3.0}) if one["node"] != "n3"]
     assert briefly(two, Asked(4, {"n1": 2, "n2": 2})) == [("n2", "memory bandwidth", "warn")]
+
+
+def test_other_jobs_may_take_memory_bandwidth_of_a_node_without_gpus() -> None:
+    records = [{**one, "device": "cpu"} for one in with_fault(4, speed={"memory_gb_s": 4.0})]
+    assert briefly(records) == [("n3", "memory bandwidth", "warn")]
 
 
 def test_slow_nodes_only_warn_where_that_is_asked_for() -> None:
