@@ -35,7 +35,8 @@ def summary_of(records: Sequence[Record], findings: Sequence[Finding], nodes: Se
     lines = []
     for node in dict.fromkeys([*nodes, *by_node]):
         link = found["link"].get(node)
-        lines.append({"node": node, "level": worst.get(node, "ok"), **_node(by_node.get(node, [])), "link_gb_s": link})
+        level = worst.get(node, "ok" if node in by_node else "unknown")
+        lines.append({"node": node, "level": level, **_node(by_node.get(node, [])), "link_gb_s": link})
     return lines
 
 

@@ -77,17 +77,35 @@ def test_this_machine_is_looked_at_and_a_folder_that_is_not_there_is_found(tmp_p
     assert not list(tmp_path.iterdir()), "what was written for a try is gone"
 
 
+def over_hosts(folder: Path) -> list[str]:
+    (folder / "hostfile").write_text("w1 slots=1\nw2 slots=1\nw3 slots=1\n")
+    return [*DOCTOR, "-H", str(folder / "hostfile"), "--env", "GLOO_SOCKET_IFNAME=eth0", "--json"]
+
+
+@pytest.mark.hosts
+def test_a_host_that_cannot_be_reached_is_named(hosts: Hosts, tmp_path: Path) -> None:
+    hosts.stop_sshd(1)
+    try:
+        refused = hosts.run_on(0, over_hosts(tmp_path), ENV)
+    finally:
+        hosts.start_sshd(1)
+    assert refused.returncode == 1, refused.stdout + refused.stderr
+    data = json.loads(refused.stdout)
+    assert failures(data) == [("w2", "start")]
+    assert "Connection refused" in data["findings"][0]["words"]
+    assert [node["level"] for node in data["nodes"]] == ["unknown", "fail", "unknown"]
+
+
 @pytest.mark.hosts
 def test_of_three_hosts_the_one_with_a_full_tmpfs_and_the_one_with_a_slow_link_are_named(
     hosts: Hosts, tmp_path: Path
 ) -> None:
-    (tmp_path / "hostfile").write_text("w1 slots=1\nw2 slots=1\nw3 slots=1\n")
     fill = "mount -o remount,size=1m /dev/shm && head -c 2m /dev/zero >/dev/shm/full"
     hosts.run_on(1, ["sh", "-c", fill])
     limit = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "400mbit", "burst", "64kb", "latency", "50ms"]
     limited = hosts.run_on(2, limit).returncode == 0  # a kernel may be without it
+    command = over_hosts(tmp_path)
     try:
-        command = [*DOCTOR, "-H", str(tmp_path / "hostfile"), "--env", "GLOO_SOCKET_IFNAME=eth0", "--json"]
         done = hosts.run_on(0, command, ENV, timeout_s=400)
     finally:
         hosts.run_on(1, ["sh", "-c", "rm -f /dev/shm/full; mount -o remount,size=50% /dev/shm"])
