@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
 
     from hosts import Hosts
@@ -81,10 +81,10 @@ if rank == 3:
     os.kill(os.getpid(), signal.SIGKILL) if sys.argv[1] == "kill" else sys.exit(7)
 time.sleep(600)
 """
-NAMES = (
-    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE GROUP_RANK CROSS_RANK CROSS_SIZE MASTER_ADDR MASTER_PORT "
-    "CUDA_VISIBLE_DEVICES"
-).split()
+NAMES = [
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK", "CROSS_RANK", "CROSS_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"),
+]
 
 
 class Launch:
@@ -168,8 +168,12 @@ def test_ranks_are_where_the_plan_says_and_hear_signals(launch: Launch) -> None:
         assert rank["host"] == host
         assert rank["env"] == {
             **common,
-            **{"RANK": str(number), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(of), "LOCAL_SIZE": str(of)},
-            **{"GROUP_RANK": str(node), "CROSS_RANK": str(node)},
+            "RANK": str(number),
+            "LOCAL_RANK": str(local),
+            "LOCAL_WORLD_SIZE": str(of),
+            "LOCAL_SIZE": str(of),
+            "GROUP_RANK": str(node),
+            "CROSS_RANK": str(node),
         }
         assert rank["argv"] == [f"--local_rank={local}", ODD, ODD_BYTES, "--", ""]
         assert (rank["cwd"], rank["stdin"]) == (str(launch.folder), "/dev/null")
