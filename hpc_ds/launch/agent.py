@@ -64,7 +64,7 @@ class Agent:
         self._alone = self._terminated = False  # the launcher is dead; ranks were sent SIGTERM
         self._over = False
         self._selector = selectors.DefaultSelector()
-        self._writing = False
+        self._child_ended = self._has_children = self._writing = False
         self._pumped: int | None = None
         self._on: dict[str, Callable[[dict[str, Any], bytes], None]] = {
             "welcome": lambda _head, _body: None,
@@ -171,7 +171,7 @@ class Agent:
         env = {os.fsencode(name): os.fsencode(value) for name, value in self._environ.items()}
         env[b"PYTHONUNBUFFERED"] = b"1"
         threads = {} if part is None else {"OMP_NUM_THREADS": str(part.threads)}
-        for name, value in {**threads, **common["env"], **told["env"]}.items():
+        for name, value in {**common["env"], **told["env"], **threads}.items():
             env[from_wire(name)] = from_wire(value)
         spec = RankSpec(
             rank=told["rank"],
@@ -215,6 +215,7 @@ class Agent:
     def _signals(self, numbers: bytes) -> None:
         for number in numbers:
             if number == signal.SIGCHLD:
+                self._child_ended = True
                 continue
             self._pass_on(signal.Signals(number))
             if number in TO_GROUP and not self._ranks.pids:  # nothing was started: there is nobody to wait for
@@ -223,23 +224,25 @@ class Agent:
 
     def _look(self) -> None:
         """See who has ended, and what is left to do."""
-        for end in self._ranks.ended():
-            self._channel.send({"say": "ended", "rank": end.rank, "exit_code": end.exit_code})
-        children = reap_orphans(set(self._ranks.pids.values()) if self._ranks.living else set())
+        if self._child_ended or self._finish_at is not None:
+            self._child_ended = False
+            for end in self._ranks.ended():
+                self._channel.send({"say": "ended", "rank": end.rank, "exit_code": end.exit_code})
+            self._has_children = reap_orphans(set(self._ranks.pids.values()) if self._ranks.living else set())
         if self._alone and not self._ranks.living:
             self._finish()
         if self._finish_at is not None and not self._over:
-            self._sweep(children=children)
+            self._sweep()
 
     def _finish(self) -> None:
         if self._finish_at is None:
             self._finish_at = time.monotonic() + _PATIENCE_S
             process.send(process.descendants(os.getpid()), signal.SIGTERM, signal.SIGCONT)
 
-    def _sweep(self, *, children: bool) -> None:
+    def _sweep(self) -> None:
         """End what ranks have left; when that is done, and all that they wrote is passed on, say so."""
         late_s = time.monotonic() - (self._finish_at or 0.0)
-        if children and late_s < _LAST_PATIENCE_S:
+        if self._has_children and late_s < _LAST_PATIENCE_S:
             if late_s > 0:
                 process.send(process.descendants(os.getpid()), signal.SIGKILL)
             return

@@ -39,9 +39,9 @@ NAMES = (
 )  # fmt: skip
 """Variables that go to every host by their whole name."""
 
-OF_THE_MACHINE = ("CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RUN_ID", "OMPI_MCA_ess_base_jobid")
+_STAY = ("CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RUN_ID")  # of this machine, and of an enclosing torchrun
 # What tells a rank who it is, in one launcher's words or another's.
-OF_THE_RANK = (
+_OF_THE_RANK = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK", "CROSS_RANK", "CROSS_SIZE",
 )  # fmt: skip
 _ELSEWHERE = {"MASTER_ADDR": "--master_addr", "MASTER_PORT": "--master_port"}
@@ -56,7 +56,7 @@ def exported(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environ.items()
-        if (name.startswith(PREFIXES) or name in NAMES) and name not in OF_THE_MACHINE
+        if (name.startswith(PREFIXES) or name in NAMES) and name not in _STAY
     }
 
 
@@ -126,7 +126,7 @@ def _pair(where: str, text: str, source: str | None = None) -> tuple[str, str]:
         raise ConfigError(f"{where}:{said} is not a variable; write NAME=VALUE", file=source, value=text)
     if "\0" in value:
         raise ConfigError(f"{where}: {name} holds a zero byte; no variable can", file=source, key=name)
-    if name in OF_THE_RANK:
+    if name in _OF_THE_RANK:
         raise ConfigError(f"{where}: {name} is what the launcher tells each rank; remove it", file=source, key=name)
     if name in _ELSEWHERE:
         raise ConfigError(f"{where}: {name} is set by the launcher; use {_ELSEWHERE[name]}", file=source, key=name)

@@ -102,7 +102,11 @@ class LaunchPlan:
 
     def rank_command(self, local_rank: int) -> tuple[str, ...]:
         """The exact argument list of one rank."""
-        if self.local_rank_at is None:
-            return self.command
-        at = self.local_rank_at
-        return (*self.command[:at], f"--local_rank={local_rank}", *self.command[at:])
+        command = self.command
+        if self.local_rank_at is not None:
+            command = (*command[: self.local_rank_at], f"--local_rank={local_rank}", *command[self.local_rank_at :])
+        if self.venv_script is None:
+            return command
+        # A name without a slash would be looked for on PATH.
+        script = self.venv_script if "/" in self.venv_script else f"./{self.venv_script}"
+        return ("bash", "-c", '. "$0" && exec "$@"', script, *command)

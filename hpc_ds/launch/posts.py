@@ -82,17 +82,8 @@ def own_part(plan: LaunchPlan, post: Post) -> dict[str, Any]:
             "rank": post.host.first_rank + local,
             "local_rank": local,
             "env": {name: to_wire(value) for name, value in plan.rank_environment(post.host, local).items()},
-            "argv": [to_wire(word) for word in _command(plan, local)],
+            "argv": [to_wire(word) for word in plan.rank_command(local)],
         }
         for local in post.local_ranks
     ]
     return {"say": "start", "ranks": ranks, "ranks_here": post.host.ranks}
-
-
-def _command(plan: LaunchPlan, local_rank: int) -> tuple[str, ...]:
-    command = plan.rank_command(local_rank)
-    if plan.venv_script is None:
-        return command
-    # A name without a slash would be looked for on PATH.
-    script = plan.venv_script if "/" in plan.venv_script else f"./{plan.venv_script}"
-    return ("bash", "-c", '. "$0" && exec "$@"', script, *command)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hpc_ds.errors import ConfigError, HostfileError
 from hpc_ds.launch.devices import other_variables, visible_devices
 from hpc_ds.launch.filters import Taken, take_first, take_included, take_not_excluded
-from hpc_ds.launch.hostfile import Host, hosts_from_slurm, is_step, parse
+from hpc_ds.launch.hostfile import GPU_VARIABLES, Host, hosts_from_slurm, is_step, parse
 from hpc_ds.launch.plan import MAX_WORLD_SIZE, HostPlan
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _pool(wish: Wish, environ: Mapping[str, str], standing_hostfile: str) -> _Po
         inside = "SLURM_JOB_ID" in environ and not is_step(environ) and _in_allocation(hosts, environ)
         return _Pool(hosts, "slurm" if inside else "ssh", bound=False)
     if "SLURM_JOB_ID" in environ and wish.launcher != "local":
-        return _of_step(wish, environ) if is_step(environ) else _Pool(hosts_from_slurm(environ), "slurm", bound=False)
+        return _of_step(wish, environ) if is_step(environ) else _of_job(wish, environ)
     if is_step(environ):
         return _of_step(wish, environ)
     if Path(standing_hostfile).is_file() and wish.launcher != "local":
@@ -177,6 +177,15 @@ def _pool(wish: Wish, environ: Mapping[str, str], standing_hostfile: str) -> _Po
             key="launcher",
         )
     return _of_this_machine(wish, environ, bound=False)
+
+
+def _of_job(wish: Wish, environ: Mapping[str, str]) -> _Pool:
+    """The allocation: a rank for each GPU of it, else for each task, or as many as are asked for."""
+    hosts = hosts_from_slurm(environ)
+    gpus = any(name.startswith(GPU_VARIABLES) and value not in {"", "0"} for name, value in environ.items())
+    if wish.num_gpus is not None and wish.num_gpus > 0 and not gpus:
+        hosts = hosts_from_slurm(environ, wish.num_gpus)
+    return _Pool(hosts, "slurm", bound=False)
 
 
 def _of_step(wish: Wish, environ: Mapping[str, str]) -> _Pool:

@@ -76,6 +76,26 @@ def test_libraries_that_are_not_nvml_say_nothing() -> None:
     assert devices._count_nvml(ctypes.util.find_library("m") or "libm.so.6") == 0
 
 
+NVML = """
+int nvmlInit_v2(void) { return WORKS ? 0 : 9; }
+int nvmlDeviceGetCount_v2(unsigned int *count) { *count = 3; return 0; }
+int nvmlShutdown(void) { return 0; }
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("cc") is None, reason="cc: not installed; it builds a library with the functions of NVML"
+)
+def test_devices_are_those_that_nvml_counts(tmp_path: Path) -> None:
+    (tmp_path / "nvml.c").write_text(NVML)
+    for works in (0, 1):
+        library = str(tmp_path / f"nvml{works}.so")
+        subprocess.run(
+            ["cc", "-shared", "-fPIC", f"-DWORKS={works}", "-o", library, str(tmp_path / "nvml.c")], check=True
+        )
+        assert devices._count_nvml(library) == 3 * works
+
+
 def test_amd_devices_are_those_with_simd_units(tmp_path: Path) -> None:
     for node, text in {
         "0": "cpu_cores_count 64\nsimd_count 0\n",

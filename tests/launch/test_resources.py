@@ -68,6 +68,8 @@ BY_SLURM = {
     "batch": (BATCH, Wish(), "slurm n1:4 n2:4"),
     "batch, some": (BATCH, Wish(num_nodes=1, num_gpus=2), "slurm n1:2"),
     "batch, filtered": (BATCH, Wish(include="n2:0,1@n1"), "slurm n1:4 n2:2"),
+    "batch, no GPU": ({**BATCH, "SLURM_GPUS_ON_NODE": "0"}, Wish(), "slurm n1:1 n2:1"),
+    "batch, no GPU, N ranks": ({**BATCH, "SLURM_GPUS_ON_NODE": "0"}, Wish(num_gpus=3), "slurm n1:3 n2:3"),
     "batch, ssh": (BATCH, Wish(launcher="ssh", include="n2:0,2"), "ssh n2:2=0,2"),
     "batch, local": (BATCH, Wish(launcher="local", include="localhost:1,3"), "local localhost:2=5,7"),
     "batch, no ssh": (BATCH, Wish(only_node=1), "local n1:4 n2:4"),
@@ -133,6 +135,12 @@ REFUSED = {
         {**STEP, **FOUR},
         Wish(include="localhost:1,2"),
         "slots 1,2 of host 'localhost': Slurm binds devices, and only the first of them can be taken",
+    ),
+    "more than the GPUs of an allocation": (BATCH, Wish(num_gpus=5), "--num_gpus 5: host 'n1' has 4"),
+    "more ranks than Slurm has": (
+        {**BATCH, "SLURM_GPUS_ON_NODE": "0"},
+        Wish(num_gpus=65537),
+        "SLURM_JOB_NODELIST 'n[1-2]': slots=65537 for host 'n1'; give 1 to 65536",
     ),
     "not the first of an allocation": (BATCH, Wish(exclude="n2:0"), "slots 1,2,3 of host 'n2': Slurm binds devices"),
     "local for several": (BATCH, Wish(launcher="local", num_nodes=2), "--num_nodes 2: there is one host"),
@@ -268,6 +276,8 @@ def test_ranks_are_told_who_they_are() -> None:
     assert plan.local_rank_arg
     assert not LaunchPlan(hosts, ("true",), "/").local_rank_arg
     assert LaunchPlan(hosts, ("true",), "/").rank_command(1) == ("true",)
+    sourced = LaunchPlan(hosts, ("true",), "/", venv_script="activate").rank_command(0)
+    assert sourced == ("bash", "-c", '. "$0" && exec "$@"', "./activate", "true")
 
 
 @given(
