@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hpc_ds.errors import RankError
-from hpc_ds.runtime import process_group
+from hpc_ds.runtime import process_group, rendezvous
+from hpc_ds.runtime.rank import Rank
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from slurm_cluster import SlurmCluster
 
+MPIEXEC_OF_MPICH = "mpiexec.hydra"
 SCRIPT = str(Path(__file__).with_name("who_am_i.py"))
 ROOT_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -63,7 +65,14 @@ def test_torchrun(tmp_path: Path) -> None:
 @pytest.mark.mpi
 def test_open_mpi_introduces_the_ranks(tmp_path: Path) -> None:
     mpirun = ["mpirun", "--oversubscribe", "-n", "2", sys.executable, SCRIPT, str(tmp_path)]
-    check_world(found_in(tmp_path, start(mpirun, {**os.environ, **ROOT_MPI})), [0, 1], "mpi4py")
+    check_world(found_in(tmp_path, start(mpirun, {**os.environ, **ROOT_MPI})), [0, 1], "openmpi")
+
+
+@pytest.mark.mpi
+def test_mpich_introduces_the_ranks(tmp_path: Path) -> None:
+    """Though mpi4py, asked by itself, would load Open MPI and find every process alone: mpiexec itself is asked."""
+    mpiexec = [MPIEXEC_OF_MPICH, "-n", "2", sys.executable, SCRIPT, str(tmp_path)]
+    check_world(found_in(tmp_path, start(mpiexec)), [0, 1], "pmi")
 
 
 @pytest.mark.slurm
@@ -132,24 +141,25 @@ def test_a_script_that_has_chosen_no_device_gets_its_own(
 
 def test_rank_0_listens_where_the_site_allows_it(tmp_path: Path) -> None:
     environ = {"HPCDS_RUN_DIR": str(tmp_path), "HPCDS_ATTEMPT": "1"}
-    assert process_group.allowed_ports({}) == process_group.allowed_ports(environ) == [0]
+    assert rendezvous.allowed_ports({}) == rendezvous.allowed_ports(environ) == [0]
     for given, ports in (([7000, 7000], [7000]), ([7000, 7002], [7002, 7000, 7001]), (None, [0]), ([7000], [0])):
         (tmp_path / "site.json").write_text(json.dumps({"port_range": given}))
-        assert process_group.allowed_ports(environ) == ports
+        assert rendezvous.allowed_ports(environ) == ports
     (tmp_path / "site.json").write_text(json.dumps({"port_range": [10000, 29999]}))
-    first, second = (process_group.allowed_ports({**environ, "HPCDS_ATTEMPT": number}) for number in "12")
+    first, second = (rendezvous.allowed_ports({**environ, "HPCDS_ATTEMPT": number}) for number in "12")
     assert (len(first), len({*first, *second})) == (50, 100)
 
 
-def test_a_port_that_is_taken_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as taken, socket.socket() as free:
-        for listener in (taken, free):
-            listener.bind(("", 0))
-            listener.listen()
-        ports = [listener.getsockname()[1] for listener in (taken, free)]
-        free.close()
-        monkeypatch.setattr(process_group, "allowed_ports", lambda _: ports)
-        store = process_group._listen(2, timedelta(seconds=20), 0)
-        assert store.port == ports[1]
-        with pytest.raises(RankError, match=f"port {ports[0]}: rank 0 cannot listen there"):
-            process_group._listen(2, timedelta(seconds=20), ports[0])
+def test_a_port_that_is_taken_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    me, deadline = Rank(0, 0, 2, 2, "env"), rendezvous.Deadline(timedelta(seconds=20))
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(rendezvous, "allowed_ports", lambda _: [port, 0])
+        store, published = rendezvous._listen(me, 0, deadline, [])
+        assert store.port == published.port != port
+        assert published.hosts == ("127.0.0.1",)
+        assert rendezvous._Published.read(published.text()) == published
+        with pytest.raises(RankError, match=f"port {port}: rank 0 cannot listen there: address already in use; choose"):
+            rendezvous._listen(me, port, deadline, [])
