@@ -1,7 +1,7 @@
 """All ranks of a start meet before they make a process group: who does not come, or should not have, is named.
 
-Every rank writes into the store who and where it is. One that sees a contradiction says so, else the last to come looks
-at all of them; what is said first holds for all, so that every rank ends with the same sentence.
+Every rank writes into the store who and where it is. One that sees a contradiction says so, else rank 0 looks at all of
+them when they have come; what is said first holds for all, so that every rank ends with the same sentence.
 
 | refused                                           | because otherwise                                                |
 |---------------------------------------------------|------------------------------------------------------------------|
@@ -113,7 +113,7 @@ def _hear(me: Rank, place: Place, deadline: Deadline, devices: int, base: Store)
 
 
 def _come(me: Rank, place: Place, devices: int, store: Store) -> None:
-    """Write down who this is; judge, if it is the last, or one too many."""
+    """Write down who this is, and say so if another was there who cannot be."""
     entry = _entry(me, place, devices)
     size = store.compare_set("world_size", "", str(me.world_size)).decode()
     times = store.add(f"times/{me.rank}", 1)
@@ -130,9 +130,8 @@ def _come(me: Rank, place: Place, devices: int, store: Store) -> None:
             f"rank {me.rank}: came twice, as process {first['pid']} on {first['host']} and as process {entry['pid']} on "
             f"{entry['host']}; is RANK or another variable of the launcher set by hand, in the shell or the job script?"
         )})  # fmt: skip
-    elif (times == 1 and store.add("came", 1) == me.world_size) or me.world_size == 1:
-        entries = [json.loads(text) for text in store.multi_get([f"came/{rank}" for rank in range(me.world_size)])]
-        _say(store, judge(entries))
+    elif times == 1:
+        store.add("came", 1)
 
 
 def _entry(me: Rank, place: Place, devices: int) -> dict[str, Any]:
@@ -223,16 +222,18 @@ def _wait(me: Rank, place: Place, deadline: Deadline, base: Store, number: int) 
     while not store.check(["said"]):
         if place.is_older and base.add("opened", 0) > number:
             return False
-        if deadline.is_over():
+        if me.rank == 0 and store.add("came", 0) == me.world_size:
+            came = store.multi_get([f"came/{rank}" for rank in range(me.world_size)])
+            _say(store, judge([json.loads(text) for text in came]))
+        elif deadline.is_over():
             absent = [rank for rank in range(me.world_size) if not store.check([f"came/{rank}"])]
-            hint = f"; {place.words}" if place.words else ""
-            _say(store, {"refused": (
-                f"{_names(absent)} of {me.world_size}: did not come within {deadline.timeout_s:g} s{hint}; look at their logs "
-                f"and whether they started{_hint(place)}"
+            _say(store, {"refused": (  # where all have come, it is rank 0 that has ended since
+                f"{_names(absent or [0])} of {me.world_size}: did not come within {deadline.timeout_s:g} s; {place.words}; look "
+                f"at their logs and whether they started{_hint(place)}"
             )})  # fmt: skip
-            return True
-        time.sleep(pause)
-        pause = min(pause * 1.5, most)
+        else:
+            time.sleep(pause)
+            pause = min(pause * 1.5, most)
     return True
 
 
