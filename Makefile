@@ -30,7 +30,7 @@ test: $(VENV)/.installed-dev
 
 # Without Slurm, MPI or whole jobs: what needs seconds.
 test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slurm and not mpi and not ranks and not local" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slurm and not hosts and not mpi and not ranks and not local" $(PYTEST_ARGS)
 
 # What takes too long for every change: hundreds of saves that are killed on the way, thirty events over one run on Slurm.
 test-long: $(VENV)/.installed-dev

@@ -19,9 +19,10 @@ _HOME = {
     "CheckpointError": "hpc_ds.errors",
     "ConfigError": "hpc_ds.errors",
     "DivergedError": "hpc_ds.errors",
+    "FunctionError": "hpc_ds.errors",
     "HpcdsError": "hpc_ds.errors",
     "RankError": "hpc_ds.errors",
-    "submit": "hpc_ds.cluster.callables",
+    "submit": "hpc_ds.script.functions",
 }
 
 # What scripts use as a module of its own: hpc_ds.zero.GatheredParameters, hpc_ds.preemption.requested.
@@ -36,6 +37,7 @@ __all__ = [
     "ConfigError",
     "DivergedError",
     "Engine",
+    "FunctionError",
     "HpcdsError",
     "Preempted",
     "RankError",
@@ -51,13 +53,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from hpc_ds import checkpointing, zero
-    from hpc_ds.cluster.callables import submit
     from hpc_ds.engine.engine import Engine
     from hpc_ds.engine.initialize import add_config_arguments, initialize
-    from hpc_ds.errors import CheckpointError, ConfigError, DivergedError, HpcdsError, RankError
+    from hpc_ds.errors import CheckpointError, ConfigError, DivergedError, FunctionError, HpcdsError, RankError
     from hpc_ds.runtime import preemption
     from hpc_ds.runtime.preemption import Preempted
     from hpc_ds.runtime.process_group import init_distributed
+    from hpc_ds.script.functions import submit
 
 
 def __getattr__(name: str) -> object:

@@ -6,6 +6,7 @@ HpcdsError                 1
 │   ├── NodeListError      2   text that is not a Slurm node list
 │   ├── HostfileError      2   a hostfile, or a filter on it
 │   └── RunError           2   a run folder, job id or run name that is not one
+├── LaunchError            1   ranks that could not be started, or a host that was lost
 ├── RankError              2   environment variables that do not say which rank this is
 ├── SchedulerError         3   what a scheduler said, or did not
 │   ├── CommandError       3   a program that could not be run, failed, or took too long
@@ -14,6 +15,8 @@ HpcdsError                 1
 │   ├── RefusedError       3   a scheduler that said no, and would say so again
 │   ├── SubmitError        3   a job that the scheduler refused
 │   └── ParseError         3   output of a scheduler that we do not understand
+├── FunctionError          1   a Python function that raised in its job, or left no result
+├── UnfinishedError        1   a Python function whose job is not over yet
 ├── CheckpointError        4   a checkpoint that could not be written or read
 │   └── DamagedError       4   files of a checkpoint that are not what was written
 └── DivergedError          5   training that cannot go on: overflow at the smallest loss scale
@@ -68,6 +71,10 @@ class HostfileError(ConfigError):
 
 class RunError(ConfigError):
     """A run folder, job id or run name does not name a run."""
+
+
+class LaunchError(HpcdsError):
+    """Ranks could not be started, or a host was lost with its ranks."""
 
 
 class RankError(HpcdsError):
@@ -135,6 +142,26 @@ class ParseError(SchedulerError):
         super().__init__(message)
         self.text = text
         self.part = part
+
+
+class FunctionError(HpcdsError):
+    """A Python function raised in its job, or the job ended without its result.
+
+    Attributes:
+        job_id: the scheduler's.
+        rank: that raised, or left nothing; None where it is not about one.
+        trace: the traceback; empty where there is none.
+    """
+
+    def __init__(self, message: str, *, job_id: str = "", rank: int | None = None, trace: str = "") -> None:
+        super().__init__(message)
+        self.job_id = job_id
+        self.rank = rank
+        self.trace = trace
+
+
+class UnfinishedError(HpcdsError, TimeoutError):
+    """A Python function's job is not over yet."""
 
 
 class CheckpointError(HpcdsError):

@@ -62,12 +62,17 @@ BUILTIN_ERRORS = {
 ENVIRONMENT_READERS = {
     "runtime/",  # a rank learns who it is
     "cluster/shell.py",  # hands it on, without the variables of an enclosing job
+    "cluster/callables.py",  # a function's job learns how often it was started
     "cluster/local.py",
     "cluster/connect.py",  # which cluster this is
     "cluster/process.py",  # what Slurm calls this node
     "cluster/local_keeper.py",
+    "launch/agent.py",  # what its host gives to ranks
+    "launch/start_mpi.py",  # hands it on to mpirun
+    "launch/start_slurm.py",  # the allocation; hands it on to srun
     "supervise/supervisor.py",  # reads the job id, hands the rest on to the ranks
     "script/submit.py",  # env_from
+    "script/functions.py",  # CUDA_VISIBLE_DEVICES, which submitit sets
     "cli/",  # hostfile of the job it is called in
     "run_dir.py",  # XDG_STATE_HOME
 }
@@ -77,12 +82,15 @@ DOORS = {
     "jinja2": {"script/render.py"},
     "mpi4py": {"runtime/mpi.py"},
     "submitit": {"cluster/callables.py"},
+    "cloudpickle": {"cluster/callables.py"},
     "subprocess": {
         "cluster/shell.py",  # programs that are waited for
         "cluster/local.py",  # the keeper, which outlives us
         "cluster/local_keeper.py",  # the job script
         "launch/local.py",  # the ranks
         "launch/srun.py",  # the step
+        "launch/ranks.py",  # the ranks
+        "launch/program.py",  # what brings agents to their hosts
         "cluster/hook.py",  # a user's command, beside what follows an attempt
     },
     "pydantic": {"config/"},

@@ -1,18 +1,30 @@
-"""``hpcds``: the app, and the one place where an error of ours becomes a sentence and an exit code.
+"""``hpcds``: the app of all verbs; ``entry.py`` calls it.
 
 Every verb imports what it needs when it is called, so that ``--help`` and the light verbs stay fast.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Optional
 
 import typer
 
-from hpc_ds.cli import checkpoint, config, hostfile, init, rerun, runs, site, status, submit
-from hpc_ds.errors import HpcdsError
+from hpc_ds.cli import checkpoint, config, doctor, hostfile, init, rerun, runs, site, status, submit
+from hpc_ds.cli.entry import main
 from hpc_ds.version import __version__
+
+__all__ = ["app", "main"]
+
+
+def run_ranks(context: typer.Context) -> None:
+    """Start a script as ranks: here, on hosts, or in a Slurm allocation.
+
+    Takes the options of DeepSpeed's launcher; `hpcds run --help` lists them.
+    """
+    from hpc_ds.cli.run import run
+
+    raise typer.Exit(run(context.args))
+
 
 app = typer.Typer(
     name="hpcds",
@@ -35,7 +47,17 @@ app.command("cancel")(runs.cancel)
 app.command("preempt")(runs.preempt)
 app.command("requeue")(runs.requeue)
 app.command("resume")(runs.resume)
+app.command(
+    "run",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "allow_interspersed_args": False, "ignore_unknown_options": True},
+)(run_ranks)
 app.command("hostfile")(hostfile.hostfile)
+app.command(
+    "doctor",
+    # Without -h: it would be found within -Hhosts, which hpcds run takes.
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]},
+)(doctor.doctor)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.add_typer(site.app, name="site")
@@ -56,16 +78,3 @@ def _options(
     ] = None,
 ) -> None:
     """Training jobs on Slurm and on this machine that own themselves until their last step."""
-
-
-def main() -> None:
-    """Run the command line."""
-    try:
-        app()
-    except HpcdsError as error:
-        sys.stderr.write(f"hpcds: {error}\n")
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # The reader of our output (head, less) has gone: nothing is wrong.
-        sys.stderr.close()
-        sys.exit(141)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 _STYLES = {
     "finished": "green",
+    "ok": "green",
+    "warn": "yellow",
+    "fail": "red",
+    "preflight": "yellow",
     "preempted": "yellow",
     "walltime": "yellow",
     "requeued": "yellow",

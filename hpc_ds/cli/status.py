@@ -14,9 +14,8 @@ from hpc_ds.cli.options import JsonOption, RunArgument, RunsOption, SomeRuns
 from hpc_ds.cli.show import console, history_table, list_table, show, show_goodput, status_line, status_table, told
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from hpc_ds.cluster.queue import Queue
     from hpc_ds.report.status import Status
     from hpc_ds.run_dir import RunDir
 
@@ -31,13 +30,15 @@ def status(
 ) -> None:
     """Say what runs are doing: one in full, several in a table.
 
-    A sweep stands for all of its runs. Without RUN those of --runs that are not over; `hpcds list` shows all. With
+    A sweep stands for all of its runs. Without RUN those of --runs that are not over (with --watch those too that are made
+    meanwhile); `hpcds list` shows all. With
     --json one RUN is an object, several (or none given) are a list; --watch prints one line of that whenever something
     is new.
     """
     from hpc_ds.cluster.queue import Queue
     from hpc_ds.report.status import statuses_of
     from hpc_ds.report.summary import summary
+    from hpc_ds.report.watch import watch as watch_runs
     from hpc_ds.run_dir import RunDir
     from hpc_ds.sweep_dir import runs_named
 
@@ -51,7 +52,8 @@ def status(
         found, statuses = [run for run, _ in going], [one for _, one in going]
     alone = names is not None and len(names) == len(found) == 1
     if watch and found:
-        _watch(found, queue, alone=alone, json_output=json_output)
+        looks = watch_runs(found, queue, folder=None if names else runs)
+        _watch(looks, alone=found[0] if alone else None, json_output=json_output)
     elif json_output:
         typer.echo(_as_json(statuses, alone=alone))
     elif alone:
@@ -130,24 +132,22 @@ def _as_json(statuses: Sequence[Status], *, alone: bool) -> str:
     return json.dumps(statuses[0].as_data() if alone else [one.as_data() for one in statuses])
 
 
-def _watch(found: Sequence[RunDir], queue: Queue, *, alone: bool, json_output: bool) -> None:
+def _watch(looks: Iterator[list[Status]], *, alone: RunDir | None, json_output: bool) -> None:
     try:
         if json_output:
-            _watch_json(found, queue, alone=alone)
+            _watch_json(looks, alone=alone is not None)
         elif sys.stdout.isatty():
-            _watch_live(found, queue, alone=alone)
+            _watch_live(looks, alone=alone)
         else:
-            _watch_lines(found, queue)
+            _watch_lines(looks)
     except KeyboardInterrupt:
         typer.echo("\nno longer watching; the runs go on", err=True)
         raise typer.Exit(130) from None
 
 
-def _watch_json(found: Sequence[RunDir], queue: Queue, *, alone: bool) -> None:
-    from hpc_ds.report.watch import watch
-
+def _watch_json(looks: Iterator[list[Status]], *, alone: bool) -> None:
     before = ""
-    for statuses in watch(found, queue):
+    for statuses in looks:
         text = _as_json(statuses, alone=alone)
         if text != before:
             typer.echo(text)
@@ -155,25 +155,24 @@ def _watch_json(found: Sequence[RunDir], queue: Queue, *, alone: bool) -> None:
         before = text
 
 
-def _watch_live(found: Sequence[RunDir], queue: Queue, *, alone: bool) -> None:
+def _watch_live(looks: Iterator[list[Status]], *, alone: RunDir | None) -> None:
     from rich.live import Live
 
     from hpc_ds.report.summary import facts, summary
-    from hpc_ds.report.watch import watch
 
     statuses: list[Status] = []
-    with Live(console=console(), auto_refresh=False, transient=alone) as live:
-        for statuses in watch(found, queue):
+    with Live(console=console(), auto_refresh=False, transient=alone is not None) as live:
+        for statuses in looks:
             live.update(told(statuses[0], facts(statuses[0])) if alone else status_table(statuses), refresh=True)
-    if alone:
-        show(summary(found[0], statuses[0]))
+    if alone is not None:
+        show(summary(alone, statuses[0]))
 
 
-def _watch_lines(found: Sequence[RunDir], queue: Queue) -> None:
-    from hpc_ds.report.watch import News, watch
+def _watch_lines(looks: Iterator[list[Status]]) -> None:
+    from hpc_ds.report.watch import News
 
     news = News()
-    for statuses in watch(found, queue):
+    for statuses in looks:
         for one in news.of(statuses):
             typer.echo(status_line(one))
         sys.stdout.flush()

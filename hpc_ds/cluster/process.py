@@ -39,6 +39,11 @@ def child_setup(die_with_parent: signal.Signals) -> Callable[[], None]:
     return set_up
 
 
+def outlive_parent() -> None:
+    """Ask for no signal when the parent ends, whatever was asked for before."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
+
+
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ends, so that none escapes."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -244,6 +244,19 @@ class Notify(Model):
         return url
 
 
+class Preflight(Model):
+    """How the nodes are looked at before the ranks start."""
+
+    always: bool = Field(
+        default=False,
+        description="before each attempt; else before the first, after one that failed, and on nodes that are new to the run",
+    )
+    limit_minutes: Minutes = Field(5.0, description="after so long it counts as failed")
+    slow: Literal["warn", "fail"] = Field(
+        "fail", description="what a node is that is less than half as fast as the others: worth a warning, or unfit"
+    )
+
+
 class JobConfig(Model):
     """One job, as a user asks for it."""
 
@@ -269,7 +282,17 @@ class JobConfig(Model):
     )
     snapshot: bool = Field(default=False, description="run from a copy of the files that git tracks")
     notify: Notify = Field(default_factory=Notify)
+    preflight: bool | Preflight = Field(
+        default=False, description="look at the nodes before the ranks start, and go elsewhere where one is unfit"
+    )
     inputs: list[Line] = Field(default_factory=list, description="files and folders that must be there at submit")
+
+    @property
+    def preflight_options(self) -> Preflight | None:
+        """How the nodes are looked at; None where they are not."""
+        if isinstance(self.preflight, Preflight):
+            return self.preflight
+        return Preflight() if self.preflight else None
 
     @field_validator("name")
     @classmethod

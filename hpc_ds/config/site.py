@@ -17,6 +17,7 @@ from hpc_ds.config.job import Line, Positive, check_option_names, check_variable
 from hpc_ds.config.model import Model
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Container = Literal["apptainer", "pyxis", "shifter", "edf"]
 
@@ -81,6 +82,10 @@ class Place(Model):
     )
     constraint: Line | None = Field(None, description="node features to ask for where the job names none")
     interfaces: list[Line] = Field(default_factory=list, description="network interfaces, for NCCL and RCCL")
+    allreduce_gb_s: Rate | None = Field(
+        None,
+        description="GB/s that each rank's link carries in a large all-reduce over several nodes, when all is well",
+    )
     preemption: Literal["off", "requeue", "cancel", "suspend"] | None = Field(
         None, description="what may happen to a job in favour of others"
     )

@@ -1,4 +1,4 @@
-"""Hostfiles: which hosts, and how many processes on each, in DeepSpeed's form ``name slots=N``.
+"""Hostfiles: which hosts, and how many processes on each, in DeepSpeed's form ``name slots=N``; written in others too.
 
 What may be one, stricter than DeepSpeed where DeepSpeed runs on fewer hosts than meant: no host twice, no ``slots=0``,
 nothing glued to the number; a folded name ``gpu[01-04]`` stands for its hosts instead of for itself.
@@ -10,13 +10,17 @@ From Slurm, slots are the first of these that is there:
     SLURM_GPUS_ON_NODE      what this node has: all its GPUs in an --exclusive job, the step's own in a step
     SLURM_TASKS_PER_NODE    one process a task, where no GPU is asked for
 
+The components of a heterogeneous job come one after the other; each has these variables with ``_HET_GROUP_n`` behind.
+
 Source: https://github.com/deepspeedai/DeepSpeed/blob/master/deepspeed/launcher/runner.py; variables as Slurm 22.05 sets
 them in batch scripts, steps, salloc and interactive steps.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from itertools import starmap
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from hpc_ds.errors import HostfileError, NodeListError
@@ -27,13 +31,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_SLOTS = 65_536
+FORMS = {"deepspeed": " slots=", "openmpi": " slots=", "mpich": ":", "plain": ""}
+"""What reads it -> what stands between name and number; ``mpich`` is Intel MPI's machine file too, ``plain`` has none."""
 _T = TypeVar("_T")
+# What DeepSpeed and ssh would take for one host: user@host and addresses too, but no option.
+_SINGLE = re.compile(r"[^\s#\[\],-][^\s\[\],]*")
+_PLAIN_LINE = re.compile(rf"\s*({_SINGLE.pattern})\s+slots=([1-9][0-9]{{0,3}})(?=[\s#]|\Z)")
 
 # No step, or one that is the shell of its job and describes only itself: the interactive step, the batch script.
 _SHELLS = (None, "4294967290", "4294967291")
 _STEP = ("SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE")
 _JOB = ("SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_TASKS_PER_NODE")
-_GPUS = ("SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_GPUS")
+GPU_VARIABLES = ("SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_GPUS")
+"""Variables of Slurm that tell of GPUs."""
 _CURE = "give a node list and --slots"
 
 
@@ -44,13 +54,21 @@ class Host(NamedTuple):
     slots: int
 
 
-def render(hosts: list[Host]) -> str:
+def render(hosts: list[Host], form: str = "deepspeed") -> str:
     """The text of a hostfile: ``parse(render(hosts)) == hosts``.
 
     Raises:
-        HostfileError: no hosts, one of them twice, or slots below 1.
+        HostfileError: no hosts, one of them twice, slots below 1, or a form that nobody knows or that cannot say it.
     """
-    return "".join(f"{name} slots={slots}\n" for name, slots in _checked("hostfile", hosts))
+    if form not in FORMS:
+        raise HostfileError(f"form {form!r}: not a form of hostfiles; use {', '.join(FORMS)}", key="form", value=form)
+    checked = _checked("hostfile", hosts)
+    if form == "mpich" and (name := next((host.name for host in checked if ":" in host.name), None)):
+        raise HostfileError(f"form 'mpich': {name!r} has a ':', which parts name and number there; use a name without")
+    between = FORMS[form]
+    if not between:
+        return "".join([f"{name}\n" for name, _ in checked])
+    return "".join([f"{name}{between}{slots}\n" for name, slots in checked])
 
 
 def parse(text: str, source: str = "hostfile") -> list[Host]:
@@ -61,21 +79,32 @@ def parse(text: str, source: str = "hostfile") -> list[Host]:
     Raises:
         HostfileError: a line is not of this form, a host is there twice, or there is none; it names the line.
     """
-    lines: dict[str, int] = {}
-    hosts: list[Host] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        where = f"{source}, line {number}"
-        for host in _line(where, line, source):
-            if host.name in lines:
-                known = lines[host.name]
-                cure = f"it is on line {known} too; give each host one line"
-                raise HostfileError(f"{where}: host {host.name!r} twice; {cure}", file=source, value=line)
-            lines[host.name] = number
-            hosts.append(host)
+    # Not splitlines, which ends lines where no editor does.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
+    plain = list(map(_PLAIN_LINE.match, lines))
+    hosts = [Host(match[1], int(match[2])) for match in plain if match]
+    if len(hosts) < len(lines) or len({host.name for host in hosts}) < len(hosts):
+        hosts = _parse_each(lines, source)
     if not hosts:
         raise HostfileError(f"{source}: no hosts in it; write one 'NAME slots=N' a line", file=source)
+    return hosts
+
+
+def _parse_each(lines: list[str], source: str) -> list[Host]:
+    """Line by line: some are blank, or comments, or folded, or wrong."""
+    known: dict[str, int] = {}
+    hosts: list[Host] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        for host in _line(f"{source}, line {number}", line, source):
+            if host.name in known:
+                cure = f"it is on line {known[host.name]} too; give each host one line"
+                raise HostfileError(
+                    f"{source}, line {number}: host {host.name!r} twice; {cure}", file=source, value=line
+                )
+            known[host.name] = number
+            hosts.append(host)
     return hosts
 
 
@@ -95,11 +124,35 @@ def hosts_from_slurm(environ: Mapping[str, str], slots: int | None = None) -> li
     Raises:
         HostfileError: it describes none, or its variables do not agree; it names those seen.
     """
-    if environ.get("SLURM_HET_SIZE", "1") != "1":
-        seen = _seen(environ, "SLURM_HET_SIZE")
-        raise HostfileError(f"{seen}: each component of a heterogeneous job has its own nodes; {_CURE}")
+    in_step = is_step(environ)
+    groups = 1 if in_step else _whole(environ.get("SLURM_HET_SIZE", "1"))
+    if groups == 1:
+        return _hosts_of_component(environ, slots, in_step=in_step)
+    parts = [_hosts_of_component(_component(environ, group), slots, in_step=False) for group in range(groups)]
+    if not parts:
+        raise HostfileError(f"{_seen(environ, 'SLURM_HET_SIZE')}: not a number of components; {_CURE}")
+    return _checked(_seen(environ, "SLURM_HET_SIZE"), [host for part in parts for host in part])
+
+
+def is_step(environ: Mapping[str, str]) -> bool:
+    """Whether this is a task of a step; the batch script and the shell of an interactive step are none."""
     # The batch script has no step's node list; "a step id is set" alone would not tell it from a step.
-    in_step = "SLURM_STEP_NODELIST" in environ and environ.get("SLURM_STEP_ID") not in _SHELLS
+    return "SLURM_STEP_NODELIST" in environ and environ.get("SLURM_STEP_ID") not in _SHELLS
+
+
+def _component(environ: Mapping[str, str], group: int) -> dict[str, str]:
+    """The variables of one component under their plain names; those of the first stand there without a number too."""
+    own: dict[str, str] = dict(environ) if group == 0 else {}
+    for ending in (f"_PACK_GROUP_{group}", f"_HET_GROUP_{group}"):  # the older name first
+        own |= {name.removesuffix(ending): value for name, value in environ.items() if name.endswith(ending)}
+    if "SLURM_JOB_NODELIST" not in own:
+        name = f"SLURM_JOB_NODELIST_HET_GROUP_{group}"
+        seen = _seen(environ, "SLURM_HET_SIZE")
+        raise HostfileError(f"{name}: not set, while {seen}; {_CURE}", key=name)
+    return own
+
+
+def _hosts_of_component(environ: Mapping[str, str], slots: int | None, *, in_step: bool) -> list[Host]:
     node_list, num_nodes, tasks_per_node = _STEP if in_step else _JOB
     nodes = _read(environ, node_list, expand)
     if not nodes:
@@ -113,8 +166,8 @@ def hosts_from_slurm(environ: Mapping[str, str], slots: int | None = None) -> li
         raise HostfileError(f"{seen}: they differ in the number of nodes; {_CURE}")
     each = _gpus(environ, len(nodes), tasks, in_step=in_step) or tasks
     if not each:
-        raise HostfileError(f"{tasks_per_node}: not set, nor any of {', '.join(_GPUS)}; {_CURE}")
-    return _checked(_seen(environ, node_list), [Host(*pair) for pair in zip(nodes, each, strict=True)])
+        raise HostfileError(f"{tasks_per_node}: not set, nor any of {', '.join(GPU_VARIABLES)}; {_CURE}")
+    return _checked(_seen(environ, node_list), list(starmap(Host, zip(nodes, each, strict=True))))
 
 
 def write(path: Path, text: str) -> None:
@@ -140,20 +193,15 @@ def write(path: Path, text: str) -> None:
 def _checked(where: str, hosts: list[Host]) -> list[Host]:
     if not hosts:
         raise HostfileError(f"{where}: no hosts in it; name at least one")
-    name, times = Counter(host.name for host in hosts).most_common(1)[0]
-    if times > 1:
+    if len({host.name for host in hosts}) < len(hosts):
+        name, times = Counter(host.name for host in hosts).most_common(1)[0]
         raise HostfileError(f"{where}: host {name!r} {times} times; name each host once", value=name)
     for name, slots in hosts:
         if not 0 < slots <= MAX_SLOTS:
             raise HostfileError(f"{where}: slots={slots} for host {name!r}; give 1 to {MAX_SLOTS}", value=slots)
-        if not _single(name):
+        if not _SINGLE.fullmatch(name):
             raise HostfileError(f"{where}: {name!r} is not the name of one host; give one word", value=name)
     return hosts
-
-
-def _single(name: str) -> bool:
-    """Whether DeepSpeed and ssh would take this for one host: user@host and addresses too, but no option."""
-    return name.split() == [name] and name[0] not in "#-" and not any(mark in name for mark in "[],")
 
 
 def _line(where: str, line: str, source: str) -> list[Host]:
@@ -165,14 +213,14 @@ def _line(where: str, line: str, source: str) -> list[Host]:
     if not 0 < slots <= MAX_SLOTS:
         raise HostfileError(f"{where}: slots {count!r}; give 1 to {MAX_SLOTS}", file=source, value=line)
     try:
-        return [Host(each, slots) for each in ([name] if _single(name) else expand(name))]
+        return [Host(each, slots) for each in ([name] if _SINGLE.fullmatch(name) else expand(name))]
     except NodeListError as error:
         raise HostfileError(f"{where}: {error}", file=source, value=line) from error
 
 
 def _gpus(environ: Mapping[str, str], num_nodes: int, tasks: list[int], *, in_step: bool) -> list[int]:
     """GPUs of each node; nothing where none were asked for."""
-    found = {name: _count_gpus(name, environ[name]) for name in _GPUS if environ.get(name)}
+    found = {name: _count_gpus(name, environ[name]) for name in GPU_VARIABLES if environ.get(name)}
     if tasks and found.get("SLURM_GPUS_PER_TASK"):
         return [found["SLURM_GPUS_PER_TASK"] * count for count in tasks]
     total, asked = found.get("SLURM_GPUS", 0), found.get("SLURM_GPUS_PER_NODE", 0)

@@ -1,15 +1,15 @@
-"""Ranks as plain processes of this machine."""
+"""Ranks as plain processes of this machine, for the supervisor: each writes to a log of its own."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from typing import TYPE_CHECKING
 
 from hpc_ds.cluster import process
 from hpc_ds.launch.failure import Failure, TaskEnd
+from hpc_ds.launch.ranks import MERGED, RankGroup, RankSpec
 from hpc_ds.launch.runner import CHECKPOINTED, rank_log
 from hpc_ds.run_dir import write_json
 
@@ -32,9 +32,10 @@ class LocalRunner:
         self._world_size = world_size
         self._logs = logs
         self._step_file = step_file
-        self._ranks: list[subprocess.Popen[bytes]] = []
+        self._ranks = RankGroup()
+        self._codes: list[int] = []
         self._end_at: float | None = None
-        self._kill_at: float | None = None
+        self._ended_by_us = False
         self.ends: list[TaskEnd] = []
         self.failure: Failure | None = None
         self.due_to: str | None = None
@@ -46,18 +47,9 @@ class LocalRunner:
         self._logs.mkdir(parents=True, exist_ok=True)
         for rank in range(self._world_size):
             with rank_log(self._logs, rank).open("ab") as log:
-                self._ranks.append(
-                    subprocess.Popen(
-                        self._argv,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        env={**self._environ, **self._identity(rank)},
-                        start_new_session=True,
-                        preexec_fn=process.child_setup(die_with_parent=signal.SIGKILL),  # noqa: PLW1509 - see there
-                    )
-                )
-        write_json(self._step_file, {"ranks": [[rank.pid, process.start_time(rank.pid)] for rank in self._ranks]})
+                spec = RankSpec(rank, self._argv, {**self._environ, **self._identity(rank)})
+                self._ranks.start(spec, log.fileno(), MERGED)
+        write_json(self._step_file, {"ranks": [[pid, process.start_time(pid)] for pid in self._ranks.pids.values()]})
 
     def _identity(self, rank: int) -> dict[str, str]:
         size = str(self._world_size)
@@ -65,33 +57,23 @@ class LocalRunner:
 
     def poll(self) -> int | None:
         """The exit code of all ranks together, once all have ended."""
-        codes = [rank.poll() for rank in self._ranks]
-        self._look_for_failure(codes)
-        if self._kill_at is not None and time.monotonic() > self._kill_at:
-            process.send((rank.pid for rank in self._ranks if rank.returncode is None), signal.SIGKILL)
-        if None in codes:
-            return None
-        if self.ends:
-            return self.ends[0].exit_code
-        ended = next((code for code in codes if code not in {0, CHECKPOINTED, None}), None)
-        if ended is not None:
-            return 128 - ended if ended < 0 else ended
-        return CHECKPOINTED if CHECKPOINTED in codes else 0
-
-    def _look_for_failure(self, codes: list[int | None]) -> None:
-        if self._kill_at is not None:
-            return  # what ends now was ended by us
-        known = {end.rank for end in self.ends}
         # Of several that ended between two looks, one killed by a signal is the cause and the others its victims.
-        for _, rank, code in sorted((code > 0, rank, code) for rank, code in enumerate(codes) if code):
-            if code != CHECKPOINTED and rank not in known:
-                exit_code = 128 - code if code < 0 else code
-                self.ends.append(TaskEnd(rank, os.uname().nodename, exit_code, time.time()))
-        if self.ends:
+        for end in sorted(self._ranks.ended(), key=lambda end: (end.exit_code <= 128, end.rank)):
+            self._codes.append(end.exit_code)
+            if end.exit_code not in {0, CHECKPOINTED} and not self._ended_by_us:
+                self.ends.append(TaskEnd(end.rank, os.uname().nodename, end.exit_code, time.time()))
+        if self.ends and not self._ended_by_us:
             # The others get time to say what they saw.
             self._end_at = self._end_at or time.monotonic() + _SAY_S
             if time.monotonic() > self._end_at:
                 self.terminate()
+        self._ranks.look_at_the_clock()
+        if self._ranks.living:
+            return None
+        if self.ends:
+            return self.ends[0].exit_code
+        failed = next((code for code in self._codes if code not in {0, CHECKPOINTED}), None)
+        return failed if failed is not None else (CHECKPOINTED if CHECKPOINTED in self._codes else 0)
 
     def be_patient(self) -> None:
         """Do not end the others yet, though one has failed: it is not known why."""
@@ -100,5 +82,5 @@ class LocalRunner:
 
     def terminate(self) -> None:
         """SIGTERM to all ranks, and SIGKILL to those that are still there ten seconds later."""
-        process.send((rank.pid for rank in self._ranks if rank.returncode is None), signal.SIGTERM)
-        self._kill_at = self._kill_at or time.monotonic() + _PATIENCE_S
+        self._ended_by_us = True
+        self._ranks.end(signal.SIGTERM, _PATIENCE_S)

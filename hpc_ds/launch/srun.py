@@ -17,6 +17,7 @@ from hpc_ds.cluster import process
 from hpc_ds.cluster.parse import parse_due_to, parse_lost_node, parse_task_end
 from hpc_ds.config.site_rules import fitted, gpus_per_rank, takes_full_nodes
 from hpc_ds.errors import NodeListError
+from hpc_ds.launch.allocation import components_of
 from hpc_ds.launch.container import container_options, rank_command
 from hpc_ds.launch.failure import Failure, TaskEnd, in_words, last_lines
 from hpc_ds.launch.node_list import expand
@@ -49,21 +50,26 @@ def srun_command(argv: list[str], resources: Resources, options: list[str], comp
         options: of the site.
         components: of a heterogeneous job, whose shape only its allocation knows.
     """
-    command = ["srun"]
+    words = ["srun", *step_options(resources, components), *options]
+    return [*words, "/bin/sh", "-c", _WITH_LOG, "hpcds-rank", *argv]
+
+
+def step_options(resources: Resources, components: int = 1, *, end_with_the_first: bool = False) -> list[str]:
+    """The options of a step over the whole allocation; ``end_with_the_first`` rank that fails, or see to that oneself."""
     if components > 1:
-        command.append(f"--het-group={','.join(map(str, range(components)))}")
+        options = [f"--het-group={','.join(map(str, range(components)))}"]
     else:
-        command += [
+        options = [
             f"--nodes={resources.nodes}",
             f"--ntasks={resources.world_size}",
             f"--ntasks-per-node={resources.ranks_per_node}",
         ]
     # --wait=0: else ranks that still work when the first has finished would be killed.
-    command += ["--export=ALL", "--kill-on-bad-exit=0", "--wait=0"]
+    options += ["--export=ALL", f"--kill-on-bad-exit={int(end_with_the_first)}", "--wait=0"]
     if resources.cpus_per_task is not None and components == 1:
         # Slurm 22.05 to 23.02 do not pass the job's value on to steps.
-        command.append(f"--cpus-per-task={resources.cpus_per_task}")
-    return [*command, *options, "/bin/sh", "-c", _WITH_LOG, "hpcds-rank", *argv]
+        options.append(f"--cpus-per-task={resources.cpus_per_task}")
+    return options
 
 
 def site_options(job: JobConfig, site: SiteConfig) -> list[str]:
@@ -80,12 +86,6 @@ def step_command(job: JobConfig, site: SiteConfig, run: RunDir, components: int 
     """The whole srun command line of the ranks of a run: as job, site and container want it."""
     options = [*site_options(job, site), *container_options(job, site, run)]
     return srun_command(rank_command(job, site, run), fitted(job, site), options, components)
-
-
-def components_of(environ: Mapping[str, str]) -> int:
-    """Components of the heterogeneous job that this allocation is; 1 of any other."""
-    size = environ.get("SLURM_HET_SIZE", "1")
-    return int(size) if size.isdigit() and int(size) > 0 else 1
 
 
 def first_ranks(environ: Mapping[str, str]) -> dict[str, int]:

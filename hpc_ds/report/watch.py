@@ -7,23 +7,30 @@ from typing import TYPE_CHECKING
 
 from hpc_ds.cluster.queue import Queue
 from hpc_ds.report.status import Status, statuses_of
+from hpc_ds.run_dir import RunDir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from hpc_ds.report.beats import Pulse
-    from hpc_ds.run_dir import RunDir
 
 _LOOK_EVERY_S, _PER_RUN_S = 2.0, 0.1
 _STEPS_EVERY_S = 30.0
 
 
 def watch(
-    runs: Sequence[RunDir], queue: Queue | None = None, sleep: Callable[[float], None] = time.sleep
+    runs: Sequence[RunDir],
+    queue: Queue | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+    folder: Path | None = None,
 ) -> Iterator[list[Status]]:
-    """How runs are, every two seconds and a little more for many; ends when all are over, after telling so."""
+    """How runs are, every two seconds and a little more for many; ends when all are over, after telling so.
+
+    With a folder, runs that are made in it meanwhile are taken up.
+    """
     queue = queue or Queue()
+    runs, known = list(runs), set() if folder is None else {run.root for run in RunDir.all_in(folder)}
     pulses: dict[tuple[Path, int], Pulse] = {}
     before: list[int] = []
     while True:
@@ -36,6 +43,10 @@ def watch(
         if all(one.over for one in found):
             return
         sleep(_LOOK_EVERY_S + _PER_RUN_S * len(runs))
+        if folder is not None:
+            fresh = [run for run in RunDir.all_in(folder) if run.root not in known]
+            known.update(run.root for run in fresh)
+            runs += fresh
 
 
 class News:

@@ -78,3 +78,17 @@ def _module() -> Any:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def world() -> dict[str, object]:
+    """What MPI says to a script that imports it: library, rank, world size. May end the process, if it does not fit srun.
+
+    Raises:
+        RankError: mpi4py finds no MPI.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise RankError(f"mpi4py: cannot be used: {error}; install it and the MPI that this is launched by") from error
+    library = MPI.Get_library_version().partition("\n")[0].partition(",")[0].strip("\0 ")
+    return {"library": library, "rank": MPI.COMM_WORLD.rank, "world_size": MPI.COMM_WORLD.size}

@@ -24,6 +24,8 @@ from hpc_ds.script.options import sbatch_options
 from hpc_ds.shipped import shipped
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hpc_ds.config.job import JobConfig
     from hpc_ds.config.site import SiteConfig
     from hpc_ds.run_dir import RunDir
@@ -71,9 +73,34 @@ def render(job: JobConfig, site: SiteConfig, run: RunDir, templates: Path | None
         ConfigError: the job does not fit the site, or its folder of templates is not there.
         SiteError: the site's template is missing, or asks for a value that there is not; file and line are named.
     """
-    values, environment = _values(job, site, run), _environment(templates, job.templates)
+    return _render(site.template, _values(job, site, run), job, site, templates)
+
+
+def render_function(
+    job: JobConfig, site: SiteConfig, run: RunDir, command: Sequence[str], devices: str | None = None
+) -> str:
+    """The text of the script by which a Python function becomes a job.
+
+    Args:
+        job: what is asked for.
+        site: where.
+        run: the folder of the function's job.
+        command: what the job script runs; on site local that is in the script's arguments.
+        devices: site local: CUDA_VISIBLE_DEVICES, which submitit sets; None: it is not set.
+
+    Raises:
+        ConfigError, SiteError: see ``render``.
+    """
+    template = "function.sbatch.j2" if site.scheduler == "slurm" else "function.sh.j2"
+    return _render(template, _values(job, site, run) | {"command": list(command), "devices": devices}, job, site)
+
+
+def _render(
+    template: str, values: dict[str, Any], job: JobConfig, site: SiteConfig, templates: Path | None = None
+) -> str:
+    environment = _environment(templates, job.templates)
     try:
-        return environment.get_template(site.template).render(values)
+        return environment.get_template(template).render(values)
     except _FAILURES as error:
         raise _as_site_error(error, site) from None
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.checkpoint.layout import newest_step
-from hpc_ds.errors import RunError
+from hpc_ds.errors import NodeListError, RunError
+from hpc_ds.launch.node_list import expand
 from hpc_ds.run_dir import append_line, read_lines, read_object
 from hpc_ds.supervise.progress import Progress
 from hpc_ds.supervise.say import say
@@ -42,7 +43,8 @@ class Attempt:
         first_step_s: seconds from the start of the attempt to the end of its first step.
         step_s: the longest that a step took, but the first; save_s: what the last save took until it was durable.
         lost_s: seconds that went into steps beyond ``saved_step``, which have to be taken again.
-        node: the node that the end is blamed on; empty where none is.
+        preflight_s: seconds that the preflight took; None where there was none.
+        node: the node that the end is blamed on; empty where none is; several, folded, after a preflight.
         detail: one sentence for a person.
         failure: the rank that failed first, for a crash.
     """
@@ -63,9 +65,27 @@ class Attempt:
     step_s: float | None = None
     save_s: float | None = None
     lost_s: float | None = None
+    preflight_s: float | None = None
     node: str = ""
     detail: str = ""
     failure: dict[str, Any] | None = field(default=None)
+
+    @property
+    def node_names(self) -> list[str]:
+        """The nodes it ran on, one by one."""
+        return _names(self.nodes)
+
+    @property
+    def blamed(self) -> list[str]:
+        """The nodes that its end is blamed on, one by one."""
+        return _names(self.node)
+
+
+def _names(nodes: str) -> list[str]:
+    try:
+        return expand(nodes)
+    except NodeListError:
+        return [nodes]
 
 
 def read_ledger(run: RunDir) -> list[Attempt]:
@@ -149,6 +169,11 @@ def _last_sign_of(run: RunDir, number: int) -> float:
 def close_attempt(run: RunDir, number: int, **fields: Any) -> None:
     """Close an attempt with its cause and what is known about it."""
     _write(run, {"event": "closed", "number": number, "closed": time.time(), **fields})
+
+
+def note_preflight(run: RunDir, number: int, seconds: float) -> None:
+    """Write down what the preflight of an attempt took, while the attempt goes on."""
+    _write(run, {"event": "preflight", "number": number, "preflight_s": seconds})
 
 
 def _write(run: RunDir, line: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@
 | walltime     | the scheduler says TimeLimit; or exit 75 near the limit               | requeue; hold after three without a step |
 | cancelled    | the job is ending, for none of the reasons above                      | nothing                                 |
 | stopped      | exit 75 or 143, and the scheduler knows of no reason                  | requeue; hold after three without a step |
+| preflight    | the preflight found that the ranks should not be started here         | requeue elsewhere, or hold              |
 | hang         | no rank moved any more, and the supervisor ended them                 | as after a crash                        |
 | crashed      | any other exit                                                        | requeue after progress, else hold       |
 | lost         | the attempt was never closed                                          | its successor is what follows           |
@@ -23,6 +24,7 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from hpc_ds.launch.runner import CHECKPOINTED
@@ -42,6 +44,7 @@ _ENDING = {"CANCELLED", "COMPLETING", "COMPLETED", "DEADLINE", "REVOKED"}
 _BY_WORDS = {"PREEMPTION": "preempted", "NODE FAILURE": "node_failure"}
 _OVER_WORDS = {**_BY_WORDS, "TIME LIMIT": "walltime"}
 _BLAMED = 2
+_MOST_PREFLIGHTS = 3  # that fail in a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class Ended:
         overdue: the supervisor ended the ranks because the job ends and they had not stopped.
         joined: the run's program tells us of its steps, so it keeps to our exit codes.
         warning: the signal that announces the time limit.
+        unfit: the ranks were not started, because the preflight failed.
     """
 
     exit_code: int
@@ -71,6 +75,7 @@ class Ended:
     overdue: bool = False
     joined: bool = True
     warning: signal.Signals = signal.SIGUSR2
+    unfit: bool = False
 
     @property
     def told(self) -> bool:
@@ -91,6 +96,8 @@ def cause_of(ended: Ended) -> str:
     word = _schedulers_word(ended, ended.job) if ended.job is not None else None
     if ended.hung and word != "node_failure":
         return "hang"
+    if ended.unfit and word is None and not ended.terminated:
+        return "preflight"
     if ended.exit_code == 0 and (ended.joined or word is None):
         return "finished"  # a program that does not know us may end with 0 because it was told to
     if word is not None:
@@ -145,14 +152,51 @@ def action_after(
         return "finish", "all ranks finished"
     if cause == "cancelled":
         return "leave", "cancelled: nothing is requeued"
-    restarts = sum(attempt.cause not in {"finished", "cancelled"} for attempt in before)
-    if limits.max_restarts is not None and restarts >= limits.max_restarts:
-        return "hold", f"held: it was started again {restarts} times, and restart.max_restarts is {limits.max_restarts}"
+    if often := _too_often(before, limits):
+        return "hold", often
     if joined and cause in _ASKED and (vain := _stops_in_vain(last_step, saved_step, before)):
         return "hold", vain
     if cause in _FAILURES:
         return _after_failure(cause, last_step, before, limits, joined=joined)
     return "requeue", f"{cause}: queued again"
+
+
+def _too_often(before: Sequence[Attempt], limits: Restart) -> str:
+    restarts = sum(attempt.cause not in {"finished", "cancelled"} for attempt in before)
+    if limits.max_restarts is None or restarts < limits.max_restarts:
+        return ""
+    return f"held: it was started again {restarts} times, and restart.max_restarts is {limits.max_restarts}"
+
+
+def after_preflight(
+    unfit: Sequence[str], words: str, before: Sequence[Attempt], limits: Restart, *, elsewhere: bool
+) -> tuple[str, str]:
+    """What follows a preflight that failed: requeue without the nodes at which it lay, or hold; and why in words.
+
+    Args:
+        unfit: those nodes; none where it lay at no node by itself, and would be so anywhere.
+        words: what was found.
+        before: the earlier attempts.
+        limits: how often the run may start again, and how many nodes it may leave out.
+        elsewhere: the scheduler may give the job other nodes.
+    """
+    left_out = {*excluded_nodes(before, len(before)), *unfit}
+    before = _since_a_person_resumed(before)
+    in_a_row = 1 + sum(1 for _ in takewhile(lambda attempt: attempt.cause == "preflight", reversed(before)))
+    why = ""
+    if often := _too_often(before, limits):
+        why = often
+    elif not unfit:
+        why = "held: the preflight failed, and not for one node"
+    elif not elsewhere:
+        why = "held: the preflight failed, and the job has to run on these nodes"
+    elif len(left_out) > limits.max_excluded_nodes:
+        why = f"held: {len(left_out)} nodes would be left out, and restart.max_excluded_nodes is {limits.max_excluded_nodes}"
+    elif in_a_row > _MOST_PREFLIGHTS:
+        why = f"held: the preflight failed {in_a_row} times in a row"
+    if why:
+        return "hold", f"{why}: {words}"
+    return "requeue", f"preflight failed: queued again without {', '.join(unfit)}: {words}"
 
 
 def _since_a_person_resumed(before: Sequence[Attempt]) -> Sequence[Attempt]:
@@ -213,9 +257,14 @@ def _got_on_since_failure(before: Sequence[Attempt]) -> bool:
 
 
 def excluded_nodes(attempts: Sequence[Attempt], limit: int) -> list[str]:
-    """Nodes that the ends of two attempts or more are blamed on: the newest last, at most ``limit`` of them."""
-    blamed = Counter(attempt.node for attempt in attempts if attempt.node)
-    newest_last = list(
-        dict.fromkeys(reversed([attempt.node for attempt in attempts if blamed[attempt.node] >= _BLAMED]))
-    )
+    """Nodes that a preflight found unfit, or that the ends of two attempts or more are blamed on.
+
+    The newest last, at most ``limit`` of them.
+    """
+    blamed: Counter[str] = Counter()
+    for attempt in attempts:
+        weight = _BLAMED if attempt.cause == "preflight" else 1
+        blamed.update(dict.fromkeys(attempt.blamed, weight))
+    named = [node for attempt in attempts for node in attempt.blamed if blamed[node] >= _BLAMED]
+    newest_last = list(dict.fromkeys(reversed(named)))
     return newest_last[:limit][::-1] if limit else []

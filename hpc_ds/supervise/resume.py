@@ -46,9 +46,7 @@ def resume(run: RunDir, overrides: Sequence[str] = ()) -> str:
         raise RunError(f"run {str(run.root)!r}: finished in attempt {attempts[-1].number}; there is nothing to resume")
     site = load_site(str(run.site))
     scheduler, job_id = scheduler_named(site.scheduler, run), str(read_object(run.job).get("job_id", ""))
-    job = scheduler.show(job_id) if job_id else None
-    if job is not None and job.state == "COMPLETING":
-        raise RunError(f"run {str(run.root)!r}: job {job_id} is ending; try again in a moment")
+    job = _settled(scheduler, job_id) if job_id else None
     queued = job is not None and job.active and (job.held or (bool(overrides) and job.state == "PENDING"))
     if job is not None and job.active and not queued:
         change = "; `hpcds cancel` it first to change it" if overrides else "; it goes on by itself"
@@ -59,6 +57,20 @@ def resume(run: RunDir, overrides: Sequence[str] = ()) -> str:
         scheduler.release(job_id)
         return job_id
     return _queue(run, site)
+
+
+def _settled(scheduler: Scheduler, job_id: str) -> JobState | None:
+    """What the scheduler says of a job; of one that is just ending, what it says when that is done."""
+    deadline = time.monotonic() + _ENDS_WITHIN_S
+    while (job := scheduler.show(job_id)) is not None and job.state == "COMPLETING":
+        _wait_until(deadline, job_id)
+    return job
+
+
+def _wait_until(deadline: float, job_id: str) -> None:
+    if time.monotonic() > deadline:
+        raise RunError(f"job {job_id}: still ending after {_ENDS_WITHIN_S:g} s; resume the run in a moment")
+    time.sleep(_LOOK_EVERY_S)
 
 
 def _queue(run: RunDir, site: SiteConfig, after: str | None = None) -> str:
@@ -102,6 +114,4 @@ def _end_waiting(scheduler: Scheduler, job_id: str) -> None:
     scheduler.cancel(job_id)
     deadline = time.monotonic() + _ENDS_WITHIN_S
     while (job := scheduler.show(job_id)) is not None and job.active:
-        if time.monotonic() > deadline:
-            raise RunError(f"job {job_id}: still ending after {_ENDS_WITHIN_S:g} s; resume the run in a moment")
-        time.sleep(_LOOK_EVERY_S)
+        _wait_until(deadline, job_id)

@@ -11,30 +11,34 @@ import os
 import signal
 import time
 import traceback
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.cluster.connect import scheduler_named
 from hpc_ds.cluster.process import node_name
 from hpc_ds.config.load import load_resolved, load_site
-from hpc_ds.errors import NodeListError, RefusedError, RunError
+from hpc_ds.errors import RefusedError, RunError
+from hpc_ds.launch.allocation import components_of
 from hpc_ds.launch.container import prepare_container, rank_command
 from hpc_ds.launch.failure import Failure, first_failure
 from hpc_ds.launch.local import LocalRunner
-from hpc_ds.launch.node_list import expand
-from hpc_ds.launch.srun import SrunRunner, components_of, step_command
+from hpc_ds.launch.node_list import fold
+from hpc_ds.launch.runner import CHECKPOINTED
+from hpc_ds.launch.srun import SrunRunner, step_command
 from hpc_ds.script.job_file import note_job
 from hpc_ds.script.waiting import redirect
-from hpc_ds.supervise.ledger import Attempt, close_attempt, open_attempt, outcome, read_ledger
+from hpc_ds.supervise import preflight
+from hpc_ds.supervise.ledger import Attempt, close_attempt, note_preflight, open_attempt, outcome, read_ledger
 from hpc_ds.supervise.notify import Notice
-from hpc_ds.supervise.policy import Ended, action_after, cause_of, excluded_nodes
+from hpc_ds.supervise.policy import Ended, action_after, after_preflight, cause_of, excluded_nodes
+from hpc_ds.supervise.preflight import Preflight
 from hpc_ds.supervise.progress import Progress
 from hpc_ds.supervise.say import say
 from hpc_ds.supervise.talk import Talk
 from hpc_ds.supervise.watch import DEAF_TO, WAKE, Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from hpc_ds.cluster.scheduler import JobState, Scheduler
     from hpc_ds.config.job import JobConfig
@@ -73,6 +77,16 @@ def _job_id(run: RunDir, site: SiteConfig) -> str:
     return job_id
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What is started in an attempt: its ranks, or the preflight before them."""
+
+    runner: Runner
+    watch: Watch
+    progress: Progress
+    preflight: Preflight | None = None
+
+
 class Supervisor:
     """One attempt, from open ledger to closed ledger and requeue."""
 
@@ -96,19 +110,21 @@ class Supervisor:
         restarts = at_start.restarts if at_start is not None else int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         end_time = at_start.end_time if at_start is not None else _end_in_environment()
         attempt = self._open(at_start)
-        progress = Progress(self._run, attempt.number)
-        watch = Watch(self._run, self._job, attempt.number, self._talk, progress)
-        watch.begin(end_time, restarts, self._node_names(attempt.nodes), earlier)
         say(f"attempt {attempt.number} of {self._job.name}, job {self._job_id}, on {attempt.nodes or 'this machine'}")
-        runner = self._runner(attempt.number)
 
-        def close(exit_code: int, patience_s: float) -> tuple[Attempt, Ended]:
-            ended = self._ended(exit_code, runner, watch, restarts, patience_s)
-            return self._close(attempt, ended, runner, watch, progress), ended
+        def close(step: _Step, exit_code: int, patience_s: float) -> tuple[Attempt, Ended]:
+            ended = self._ended(exit_code, step, restarts, patience_s)
+            return self._close(attempt, ended, step), ended
 
-        exit_code = self._run_ranks(runner, watch, lambda: close(128 + signal.SIGKILL, 0.0))
+        for step in self._steps(attempt, earlier):
+            step.watch.begin(end_time, restarts, attempt.node_names if self._on_nodes else [], earlier)
+            exit_code = self._run_ranks(step, lambda step=step: close(step, 128 + signal.SIGKILL, 0.0))  # type: ignore[misc]
+            if step.preflight is not None:
+                exit_code = self._judge(step, attempt, exit_code)
+            if exit_code != 0:
+                break
         # Without the scheduler's word neither the cause is known nor a requeue to be had: it is waited for.
-        closed, ended = close(exit_code, _ANSWER_AT_END_S)
+        closed, ended = close(step, exit_code, _ANSWER_AT_END_S)
         notice = Notice(self._run, self._job, closed)
         self._act(closed, ended)
         notice.finish()
@@ -125,11 +141,34 @@ class Supervisor:
                 f"run {str(self._run.root)!r}: job {last.job_id} runs it already; cancel that job first, or this one"
             )
 
-    def _node_names(self, nodes: str) -> list[str]:
-        try:
-            return expand(nodes) if nodes and self._site.scheduler == "slurm" else []
-        except NodeListError:
-            return []
+    @property
+    def _on_nodes(self) -> bool:
+        """Whether the scheduler has nodes, and their names are known."""
+        return self._site.scheduler == "slurm"
+
+    def _steps(self, attempt: Attempt, earlier: list[Attempt]) -> Iterator[_Step]:
+        """What is started one after the other, as long as all goes well."""
+        number = attempt.number
+        if preflight.is_due(self._job, earlier, attempt.node_names):
+            look = Preflight(self._run, self._job, self._site, number)
+            progress = Progress(look.files, preflight.ATTEMPT)
+            watch = Watch(look.files, self._job, preflight.ATTEMPT, self._talk, progress)
+            yield _Step(self._runner(look.job, look.files, preflight.ATTEMPT), watch, progress, look)
+        progress = Progress(self._run, number)
+        watch = Watch(self._run, self._job, number, self._talk, progress)
+        yield _Step(self._runner(self._job, self._run, number), watch, progress)
+
+    def _judge(self, step: _Step, attempt: Attempt, exit_code: int) -> int:
+        """Whether the ranks may start now: 0, or how the attempt ends without them."""
+        look, watch = step.preflight, step.watch
+        if look is None:
+            return exit_code
+        look.judge(step.runner, watch, attempt.node_names if self._on_nodes else [], components_of(os.environ))
+        note_preflight(self._run, attempt.number, look.seconds)
+        told = watch.told is not None and (watch.told.preempting or watch.told.state != "RUNNING")
+        if exit_code == CHECKPOINTED or told or watch.terminated:
+            return CHECKPOINTED  # something wants the job to end: the ranks would be told too late
+        return 1 if look.failed or step.runner.lost_node or watch.hang is not None else 0
 
     def _open(self, at_start: JobState | None) -> Attempt:
         nodes = at_start.nodes if at_start is not None else os.environ.get("SLURM_JOB_NODELIST", "")
@@ -144,7 +183,8 @@ class Supervisor:
         except OSError as error:
             say(f"{str(self._run.job)!r} is not written, it should name job {job_id}: {error.strerror}")
 
-    def _ended(self, exit_code: int, runner: Runner, watch: Watch, restarts: int, patience_s: float) -> Ended:
+    def _ended(self, exit_code: int, step: _Step, restarts: int, patience_s: float) -> Ended:
+        runner, watch = step.runner, step.watch
         near_limit = watch.near_limit  # before asking: that may take long
         told = watch.told if watch.told is not None and watch.told.state != "RUNNING" else None
         if told is None and exit_code != 0:
@@ -156,17 +196,18 @@ class Supervisor:
             exit_code, told or watch.told, restarts, watch.terminated, due_to,
             near_limit=near_limit, hung=watch.hang is not None, overdue=watch.overdue,
             joined=self._joined(), warning=signal.Signals[f"SIG{self._job.restart.signal}"],
+            unfit=step.preflight is not None and exit_code != CHECKPOINTED and not runner.lost_node,
         )  # fmt: skip
 
     def _joined(self) -> bool:
         """Whether the run's program tells of its steps, in this attempt or one before."""
         return self._run.events.exists()
 
-    def _close(self, attempt: Attempt, ended: Ended, runner: Runner, watch: Watch, progress: Progress) -> Attempt:
-        run, cause = self._run, cause_of(ended)
-        achieved = outcome(run, attempt.opened, progress)
-        action, why = self._decide(cause, ended, achieved)
-        failure = None
+    def _close(self, attempt: Attempt, ended: Ended, step: _Step) -> Attempt:
+        run, runner, watch, look, cause = self._run, step.runner, step.watch, step.preflight, cause_of(ended)
+        achieved = outcome(run, attempt.opened, step.progress)
+        action, why = self._decide(cause, ended, achieved, look)
+        failure = look.failure if look is not None and cause == "preflight" else None
         if cause == "crashed":
             logs = run.attempt_logs(attempt.number)
             failure = runner.failure or first_failure(runner.ends, run.failures(attempt.number), logs)
@@ -181,40 +222,39 @@ class Supervisor:
             "exit_code": ended.exit_code,
             "detail": detail,
             "failure": None if failure is None else asdict(failure),
-            "node": "" if self._site.scheduler == "local" else _blamed(cause, failure, watch, runner),
+            "node": "" if self._site.scheduler == "local" else _blamed(cause, failure, step),
             **achieved,
         }
         close_attempt(run, attempt.number, **fields)
         say(f"attempt {attempt.number} ended: {cause}, exit code {ended.exit_code}; {detail}")
         return replace(attempt, **fields)
 
-    def _decide(self, cause: str, ended: Ended, achieved: dict[str, Any]) -> tuple[str, str]:
+    def _decide(self, cause: str, ended: Ended, achieved: dict[str, Any], look: Preflight | None) -> tuple[str, str]:
         """What follows, and why in words."""
         if ended.requeued and cause != "finished":
             return "leave", f"{cause}: the scheduler starts it again"
-        before = read_ledger(self._run)[:-1]
-        action, why = action_after(
-            cause,
-            achieved["last_step"],
-            before,
-            self._job.restart,
-            joined=ended.joined,
-            saved_step=achieved["saved_step"],
-        )
+        before, limits = read_ledger(self._run)[:-1], self._job.restart
+        if cause == "preflight" and look is not None:
+            elsewhere = self._on_nodes and not self._pinned
+            action, why = after_preflight(look.unfit, look.words, before, limits, elsewhere=elsewhere)
+        else:
+            last, saved = achieved["last_step"], achieved["saved_step"]
+            action, why = action_after(cause, last, before, limits, joined=ended.joined, saved_step=saved)
         gone = ended.job is not None and not ended.job.active
         if gone and action in {"requeue", "hold"} and self._site.scheduler == "local":
             return "leave", f"{cause}: the scheduler has given the job up; `hpcds resume` continues the run"
         return action, why
 
-    def _runner(self, number: int) -> Runner:
-        job, logs = self._job, self._run.attempt_logs(number)
+    def _runner(self, job: JobConfig, files: RunDir, number: int) -> Runner:
+        """Of the program of a job, with its logs and its meeting point in a run folder of its own or that of the run."""
+        logs = files.attempt_logs(number)
         # What the submitting shell exported about another launch must not name these ranks.
         inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED or name in job.env}
         environ = {
             **inherited,
-            "HPCDS_RUN_DIR": str(self._run.root),
+            "HPCDS_RUN_DIR": str(files.root),
             "HPCDS_ATTEMPT": str(number),
-            "HPCDS_DEADLINE": str(self._run.deadline),
+            "HPCDS_DEADLINE": str(files.deadline),
         }
         prepare_container(job, self._run)
         if self._site.scheduler == "local":
@@ -223,8 +263,11 @@ class Supervisor:
         command = step_command(job, self._site, self._run, components_of(os.environ))
         return SrunRunner(command, environ, logs)
 
-    def _run_ranks(self, runner: Runner, watch: Watch, close_early: Callable[[], object]) -> int:
+    def _run_ranks(self, step: _Step, close_early: Callable[[], object]) -> int:
+        runner, look = step.runner, step.preflight
         try:
+            if look is not None:
+                look.prepare()
             os.chdir(self._job.workdir or ".")  # ranks start there; this process started where no module is shadowed
             runner.start()
         except OSError as error:
@@ -232,7 +275,7 @@ class Supervisor:
             runner.failure = Failure(None, node_name(), 127, f"cannot be started: {words}", [])
             return 127
         try:
-            return watch.until_ended(runner, close_early)
+            return step.watch.until_ended(runner, close_early, None if look is None else look.limit_s)
         except Exception as error:  # noqa: BLE001 - whatever it was, the run must be closed and queued again
             say(traceback.format_exc())
             runner.failure = Failure(
@@ -247,8 +290,7 @@ class Supervisor:
     def _act(self, attempt: Attempt, ended: Ended) -> None:
         """Let the run start again, or be held, and say so when that was seen."""
         excluded = excluded_nodes(read_ledger(self._run), self._job.restart.max_excluded_nodes)
-        pinned = self._job.resources.sbatch.get("nodelist")  # the job would wait for ever for what it may not have
-        exclude = [*self._job.resources.exclude, *excluded] if excluded and not pinned else []
+        exclude = [*self._job.resources.exclude, *excluded] if excluded and not self._pinned else []
         if attempt.action in {"requeue", "hold"}:
             try:
                 seen = self._queue_again(attempt, ended)
@@ -257,11 +299,17 @@ class Supervisor:
                 return
             say(f"{attempt.action}: {'the scheduler took it' if seen else 'asked for, not yet seen'}")
             if exclude and self._talk.exclude(exclude):
-                say(f"the next attempt avoids {', '.join(excluded)}, which failed twice or more")
+                twice = "" if attempt.cause == "preflight" else ", which failed twice or more"
+                say(f"the next attempt avoids {', '.join(excluded)}{twice}")
             if not seen:
                 _hold_still()
         elif exclude and ended.requeued:
             self._talk.exclude(exclude)
+
+    @property
+    def _pinned(self) -> bool:
+        """Whether the job may run on certain nodes only: it would wait for ever for what it may not have."""
+        return bool(self._job.resources.sbatch.get("nodelist"))
 
     def _queue_again(self, attempt: Attempt, ended: Ended) -> bool:
         if attempt.action == "requeue" and ended.job is not None and not ended.job.may_requeue:
@@ -292,12 +340,14 @@ def _end_in_environment() -> float | None:
     return float(text) if text.isdigit() else None
 
 
-def _blamed(cause: str, failure: Failure | None, watch: Watch, runner: Runner) -> str:
-    """The node that an end is blamed on: that was lost, whose rank was silent, or whose rank was killed."""
+def _blamed(cause: str, failure: Failure | None, step: _Step) -> str:
+    """The node that an end is blamed on: that was lost, whose rank was silent or killed, or that the preflight named."""
     if cause == "node_failure":
-        return runner.lost_node
-    if cause == "hang" and watch.hang is not None:
-        return watch.hang.host
+        return step.runner.lost_node
+    if cause == "preflight" and step.preflight is not None:
+        return fold(step.preflight.unfit)
+    if cause == "hang" and step.watch.hang is not None:
+        return step.watch.hang.host
     return failure.host if failure is not None and failure.exit_code > 128 else ""
 
 

@@ -47,6 +47,7 @@ class Watch:
         terminated: the scheduler ends the whole job, or says nothing though the supervisor was told to end.
         hang: the ranks stood still, and were ended for it.
         overdue: the ranks had not stopped when the job was about to be killed.
+        late: the ranks had not ended at the time limit that they were given here, and were ended.
     """
 
     def __init__(self, run: RunDir, job: JobConfig, number: int, talk: Talk, progress: Progress) -> None:
@@ -72,6 +73,7 @@ class Watch:
         self.terminated = False
         self.hang: Hang | None = None
         self.overdue = False
+        self.late = False
 
     @property
     def near_limit(self) -> bool:
@@ -96,15 +98,17 @@ class Watch:
         self._deadline.ends_at(end_time)
         self._kill_wait_s = self._talk.kill_wait_s()
 
-    def until_ended(self, runner: Runner, close_early: Callable[[], object]) -> int:
+    def until_ended(self, runner: Runner, close_early: Callable[[], object], limit_s: float | None = None) -> int:
         """Wait for all ranks; returns their exit code.
 
         Args:
             runner: of the ranks.
             close_early: writes the ledger as if they had ended now: they may outlive this process.
+            limit_s: after so many seconds they are ended; None: never.
         """
         self._close_early = close_early
         now = time.monotonic()
+        ends_at = None if limit_s is None else now + limit_s
         self._due = {
             "ask": now + _ASK_EVERY_S,
             "learn": now + _LEARN_EVERY_S,
@@ -118,6 +122,9 @@ class Watch:
                 if self.told is not None and not self.told.active:
                     runner.terminate()  # nobody else will: the scheduler has no such job any more
             self._look(runner)
+            if ends_at is not None and time.monotonic() > ends_at and not self.late:
+                self.late = True
+                runner.terminate()
         self._progress.update()
         return exit_code
 

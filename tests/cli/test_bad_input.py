@@ -42,6 +42,7 @@ BAD: dict[tuple[str, ...], tuple[int, str]] = {
     ("submit", "bad.json"): (2, "job file 'bad.json', line 2, column 10: not JSON: expecting ':' delimiter"),
     ("submit", "folder"): (2, "folder: script '"),
     ("submit", "none.py"): (2, "none.py: script '"),
+    ("hostfile", "n1", "--form", "slurm"): (2, "form 'slurm': not a form of hostfiles; use deepspeed, openmpi"),
     ("submit", "a" * 300 + ".py"): (2, ""),
     ("submit", "a" * 300 + ".json"): (2, "job file 'aaa"),
     ("submit", "~nobody-of-this-name/train.py"): (2, ""),
@@ -97,6 +98,20 @@ BAD: dict[tuple[str, ...], tuple[int, str]] = {
     ("hostfile",): (2, "SLURM_JOB_NODELIST: not set, so there is no Slurm job here"),
 }
 
+
+# The same of `hpcds run`, whose lines say so.
+BAD_RUN: dict[tuple[str, ...], str] = {
+    ("run",): "script: missing; write hpcds run [OPTIONS] SCRIPT [ARGS]",
+    ("run", "none.py"): "script 'none.py': no such file; name one",
+    ("run", "folder/../none.py"): "script 'folder/../none.py': no such file",
+    ("run", "--nodes", "2", "train.py"): "--nodes: no such option; options of the script go behind the script",
+    ("run", "-H", "none", "train.py"): "hostfile 'none': No such file or directory; name one that can be read",
+    ("run", "-H", "bad.json", "train.py"): "hostfile 'bad.json', line 1: ",
+    ("run", "-i", "n1", "train.py"): "--include 'n1', column 1: no host 'n1'; there are localhost",
+    ("run", "--env-file", "none", "train.py"): "environment file 'none': No such file or directory",
+    ("run", "--env", "\0", "train.py"): "--env '\\x00': is not a variable; write NAME=VALUE",
+    ("run", "--launcher", "io", "train.py"): "--launcher 'io': not one that is known; use local, ssh, pdsh",
+}
 
 USAGE: dict[tuple[str, ...], str] = {
     ("sumbit",): "No such command 'sumbit'",
@@ -154,7 +169,7 @@ Answers = dict[tuple[str, ...], tuple[int, str, str, list[str]]]
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """Exit status, stdout, stderr and what was left behind, of each command line."""
-    commands = [*BAD, *USAGE, *map(dry_run, SCRIPTS)]
+    commands = [*BAD, *BAD_RUN, *USAGE, *map(dry_run, SCRIPTS)]
     bench = prepared(tmp_path_factory.mktemp("bad"))
     for script in SCRIPTS:
         (bench.folder / script).write_text("")
@@ -176,6 +191,14 @@ def test_bad_input_is_one_line_and_an_exit_code(words: tuple[str, ...], answers:
     assert stderr.startswith(f"hpcds: {BAD[words][1]}")
     assert stderr.count("\n") == 1
     assert (code, stdout, left) == (BAD[words][0], "", [])
+
+
+@pytest.mark.parametrize("words", BAD_RUN, ids=lambda words: " ".join(words)[:60])
+def test_bad_input_of_a_launch_is_one_line_too(words: tuple[str, ...], answers: Answers) -> None:
+    code, stdout, stderr, left = answers[words]
+    assert stderr.startswith(f"hpcds run: {BAD_RUN[words]}")
+    assert stderr.count("\n") == 1
+    assert (code, stdout, left) == (2, "", [])
 
 
 @pytest.mark.parametrize("words", USAGE, ids=" ".join)

@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -302,6 +303,15 @@ def test_only_a_run_that_runs_is_requeued(said: str, words: str, played: Runs) -
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert words in done.stderr
     assert not [call for call in called(played, "scontrol") if "requeue" in call]
+
+
+def test_a_job_that_is_just_ending_is_waited_for_before_its_run_resumes(played: Runs) -> None:
+    submitted(played, 1)
+    (played.folder / "said").write_text("COMPLETING")
+    ending = threading.Timer(1.0, (played.folder / "said").write_text, ["CANCELLED"])
+    ending.start()
+    assert told(played, "resume", "gpt")["action"] == "resumed"
+    ending.join()
 
 
 def test_a_terminal_shows_a_run_live(played: Runs) -> None:

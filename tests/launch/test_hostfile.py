@@ -130,7 +130,54 @@ FROM_SLURM = {
     "interactive step": (INTERACTIVE, "n1:2 n2:2"),
 }
 
+# sbatch of two components; the first one's variables are there without a number too.
+HET = {
+    **BATCH,
+    "SLURM_HET_SIZE": "2",
+    "SLURM_JOB_NODELIST": "n1",
+    "SLURM_JOB_NUM_NODES": "1",
+    "SLURM_TASKS_PER_NODE": "1",
+    "SLURM_GPUS_ON_NODE": "2",
+    "SLURM_JOB_NODELIST_HET_GROUP_0": "n1",
+    "SLURM_JOB_NUM_NODES_HET_GROUP_0": "1",
+    "SLURM_TASKS_PER_NODE_HET_GROUP_0": "1",
+    "SLURM_GPUS_PER_NODE_HET_GROUP_0": "2",
+    "SLURM_JOB_NODELIST_HET_GROUP_1": "n[2-3]",
+    "SLURM_JOB_NUM_NODES_HET_GROUP_1": "2",
+    "SLURM_TASKS_PER_NODE_HET_GROUP_1": "3,1",
+}
+# `srun --het-group=0,1` in it: one step over all its nodes.
+HET_STEP = {
+    **HET,
+    "SLURM_JOB_NODELIST": "n[1-3]",
+    "SLURM_JOB_NUM_NODES": "3",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n[1-3]",
+    "SLURM_STEP_NUM_NODES": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "1,3,1",
+}
+FROM_SLURM |= {
+    "components": (HET, "n1:2 n2:3 n3:1"),
+    "components under salloc": ({name: value for name, value in HET.items() if "HET" in name}, "n1:2 n2:3 n3:1"),
+    "components by their older name": (
+        {name.replace("_HET_GROUP_", "_PACK_GROUP_"): value for name, value in HET.items()},
+        "n1:2 n2:3 n3:1",
+    ),
+    "components, GPUs in the second": ({**HET, "SLURM_GPUS_PER_NODE_HET_GROUP_1": "a100:4"}, "n1:2 n2:4 n3:4"),
+    "a step over components": ({**HET_STEP, "SLURM_GPUS_ON_NODE": "0"}, "n1:1 n2:3 n3:1"),
+    "one component": ({**BATCH, "SLURM_HET_SIZE": "1"}, "n1:1 n2:1"),
+}
+
 NOT_FROM_SLURM = {
+    "components on one node": (
+        {**HET, "SLURM_JOB_NODELIST_HET_GROUP_1": "n[1-2]"},
+        "SLURM_HET_SIZE '2': host 'n1' 2 times",
+    ),
+    "components that differ": (
+        {**HET, "SLURM_TASKS_PER_NODE_HET_GROUP_1": "3"},
+        r"SLURM_JOB_NODELIST 'n\[2-3\]', SLURM_JOB_NUM_NODES '2', SLURM_TASKS_PER_NODE '3': they differ",
+    ),
+    "no number of components": ({**HET, "SLURM_HET_SIZE": "two"}, "SLURM_HET_SIZE 'two': not a number of components"),
     "no job": ({"PATH": "/bin"}, r"SLURM_JOB_NODELIST: not set, .* \(seen: no SLURM_ variable\); give a node list"),
     "half a job": ({"SLURM_JOB_ID": "7"}, r"\(seen: SLURM_JOB_ID\); give a node list"),
     "empty list": ({**BATCH, "SLURM_JOB_NODELIST": ""}, "SLURM_JOB_NODELIST: not set"),
@@ -154,7 +201,10 @@ NOT_FROM_SLURM = {
     "neither tasks nor gpus": ({"SLURM_JOB_NODELIST": "n1"}, "SLURM_TASKS_PER_NODE: not set, nor any of SLURM_GPUS_"),
     "no task on a node": ({**BATCH, "SLURM_TASKS_PER_NODE": "1,0"}, "slots=0 for host 'n2'"),
     "a node twice": ({**BATCH, "SLURM_JOB_NODELIST": "n1,n1"}, "SLURM_JOB_NODELIST 'n1,n1': host 'n1' 2 times"),
-    "heterogeneous": ({**BATCH, "SLURM_HET_SIZE": "2"}, "SLURM_HET_SIZE '2': each component of a heterogeneous job"),
+    "half a heterogeneous job": (
+        {**BATCH, "SLURM_HET_SIZE": "2"},
+        "SLURM_JOB_NODELIST_HET_GROUP_1: not set, while SLURM_HET_SIZE '2'",
+    ),
 }
 
 
@@ -178,6 +228,37 @@ def test_a_wrong_line_is_refused_with_its_number(text: str, message: str) -> Non
 
 def test_renders_one_host_a_line() -> None:
     assert render([Host("n2", 4), Host("n1", 8)]) == "n2 slots=4\nn1 slots=8\n"
+
+
+FORMS = {
+    "deepspeed": "n2 slots=4\nme@n1 slots=8\n",
+    "openmpi": "n2 slots=4\nme@n1 slots=8\n",
+    "mpich": "n2:4\nme@n1:8\n",
+    "plain": "n2\nme@n1\n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_renders_what_others_read(form: str) -> None:
+    assert render([Host("n2", 4), Host("me@n1", 8)], form) == FORMS[form]
+
+
+def test_a_form_that_cannot_be_is_refused() -> None:
+    with pytest.raises(
+        HostfileError, match="form 'slurm': not a form of hostfiles; use deepspeed, openmpi, mpich, plain"
+    ):
+        render([Host("n1", 1)], "slurm")
+    with pytest.raises(HostfileError, match="form 'mpich': 'fe80::1' has a ':', which parts name and number there"):
+        render([Host("fe80::1", 1)], "mpich")
+
+
+@given(st.text(alphabet="n1 slots=0#[]-,@:\n\r\t\x0b\u2028\uff12", max_size=40))
+def test_any_text_is_taken_or_refused(text: str) -> None:
+    try:
+        found = parse(text)
+    except HostfileError:
+        return
+    assert parse(render(found)) == found
 
 
 @given(
@@ -283,6 +364,8 @@ def test_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_command_writes_a_file_and_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostfile("n1", form="mpich", output=tmp_path / "forms")
+    assert (tmp_path / "forms").read_text() == "n1:1\n"
     hostfile("n1", output=tmp_path / "hostfile")
     assert (tmp_path / "hostfile").read_text() == "n1 slots=1\n"
     assert capsys.readouterr().out == ""
@@ -292,10 +375,10 @@ def test_command_has_the_options_it_names(capsys: pytest.CaptureFixture[str]) ->
     app = typer.Typer()
     app.command("hostfile")(hostfile)
     app(["n[1-2]", "--slots", "4", "--json"], standalone_mode=False)
-    app(["n3"], standalone_mode=False)
+    app(["n3", "--form", "plain"], standalone_mode=False)
     printed, plain = capsys.readouterr().out.splitlines()
     assert json.loads(printed) == [{"name": "n1", "slots": 4}, {"name": "n2", "slots": 4}]
-    assert plain == "n3 slots=1"
+    assert plain == "n3"
 
 
 def test_command_reads_the_slurm_environment(

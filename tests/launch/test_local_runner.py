@@ -60,7 +60,7 @@ class Bench:
 
     def end(self) -> None:
         for runner in self._runners:
-            for rank in runner._ranks:
+            for rank in runner._ranks._ranks.values():
                 rank.kill()
                 rank.wait()
 
@@ -108,7 +108,7 @@ def test_every_rank_is_told_who_it_is_and_keeps_a_log(bench: Bench) -> None:
 def test_ranks_are_named_for_whoever_signals_them(bench: Bench) -> None:
     runner = bench.start(SLEEP, SLEEP)
     named = json.loads(bench.step_file.read_text())["ranks"]
-    assert [pid for pid, _ in named] == [rank.pid for rank in runner._ranks]
+    assert [pid for pid, _ in named] == [rank.pid for rank in runner._ranks._ranks.values()]
     assert all(process.is_alive(pid, started) for pid, started in named)
     assert [os.getsid(pid) for pid, _ in named] == [pid for pid, _ in named], "each in a session of its own"
 
@@ -124,7 +124,7 @@ def test_one_failure_ends_the_others_and_is_named(bench: Bench) -> None:
     assert outcome(runner) == 3
     expected = Failure(1, os.uname().nodename, 3, "exit code 3", [str(number) for number in range(10, 30)])
     assert bench.failure(runner) == expected
-    assert [rank.returncode for rank in runner._ranks] == [-15, 3, -15]
+    assert [rank.returncode for rank in runner._ranks._ranks.values()] == [-15, 3, -15]
 
 
 def test_a_traceback_is_the_last_words_of_a_rank(bench: Bench) -> None:
@@ -145,7 +145,7 @@ def test_a_killed_rank_is_named_with_its_signal(bench: Bench) -> None:
 
 def test_of_two_failures_seen_together_the_signal_is_the_cause(bench: Bench) -> None:
     runner = bench.start("sys.exit(1)", "os.kill(os.getpid(), signal.SIGSEGV)", "sys.exit(2)")
-    for rank in runner._ranks:
+    for rank in runner._ranks._ranks.values():
         rank.wait()
     assert runner.poll() == 139
     failure = bench.failure(runner)
@@ -174,7 +174,7 @@ def test_a_rank_that_saves_after_another_one_failed_does_not_hide_the_failure(be
     saves = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); open('ready', 'w'); time.sleep(60)"
     runner = bench.start(saves, "[time.sleep(0.01) for _ in iter(lambda: os.path.exists('ready'), True)]; sys.exit(9)")
     assert outcome(runner) == 9
-    assert [rank.returncode for rank in runner._ranks] == [75, 9]
+    assert [rank.returncode for rank in runner._ranks._ranks.values()] == [75, 9]
 
 
 def test_a_rank_that_ignores_the_end_is_killed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ def test_a_rank_that_ignores_the_end_is_killed(bench: Bench, monkeypatch: pytest
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); open('ready', 'w'); time.sleep(60)"
     runner = bench.start(deaf, "[time.sleep(0.01) for _ in iter(lambda: os.path.exists('ready'), True)]; sys.exit(3)")
     assert outcome(runner) == 3
-    assert [rank.returncode for rank in runner._ranks] == [-9, 3]
+    assert [rank.returncode for rank in runner._ranks._ranks.values()] == [-9, 3]
     failure = bench.failure(runner)
     assert failure is not None
     assert failure.rank == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fakes import FakeShell, refusal
@@ -12,9 +13,8 @@ from hpc_ds.cluster.queue import Queue
 from hpc_ds.report.watch import News, watch
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from hpc_ds.cluster.shell import Completed
+    from hpc_ds.run_dir import RunDir
 
 MANY = 50
 
@@ -113,3 +113,22 @@ def test_what_is_new_is_told_once_and_steps_now_and_then(tmp_path: Path) -> None
     times = [at for at, _, _ in told]
     assert all(after - before >= 30 for before, after in pairwise(times[:-1]))
     assert 3 <= len(told) <= 6
+
+
+def test_a_run_made_while_a_folder_is_watched_is_taken_up(tmp_path: Path) -> None:
+    closed(opened_run(tmp_path, "old", "1"), 1, 900.0, "finished", action="finish")
+    first = opened_run(tmp_path, "gpt", "2")
+    time = Time(FakeShell({"squeue": running(2, 3)}))
+    seen: list[list[str]] = []
+    for found in watch([first], time.queue, time.sleep, folder=tmp_path):
+        seen.append([Path(one.run_dir).name for one in found])
+        if len(seen) == 1:
+            closed(opened_run(tmp_path, "new", "3"), 1, 1010.0, "finished", action="finish")
+            closed(first, 1, 1020.0, "finished", action="finish")
+    assert seen == [["gpt"], ["gpt", "new"]]
+
+
+def opened_run(folder: Path, name: str, job_id: str) -> RunDir:
+    run = made(folder, name, job_id)
+    opened(run, 1, 800.0)
+    return run
