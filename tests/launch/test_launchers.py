@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.hosts, pytest.mark.mpi]
 
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 LAUNCHERS = ["ssh", "pdsh", "openmpi", "mpich"]
 OF_MPI = {"openmpi", "mpich"}
 HOSTFILE = "w3 slots=2\nw1 slots=1  # the launcher's own host, not the first\n\nw2 slots=2\n"
@@ -226,3 +227,55 @@ def test_a_host_that_refuses_is_named(launch: Launch) -> None:
     assert "ssh: connect to host w2 port 22: Connection refused" in said
     assert len(said) < 600, said
     assert launch.out == ""
+
+
+def test_a_host_that_dies_ends_the_launch(launch: Launch) -> None:
+    launch.start(str(launch.folder), "wait")
+    launch.ranks()
+    launch.hosts.kill_host(1)
+    code = launch.wait()
+    said = launch.err.splitlines()[-1]
+    # Whether its agent or its rank is killed first is chance.
+    assert (code, "lost with its ranks" in said) in {(1, True), (137, False)}, said
+    assert "w2" in said
+    assert launch.hosts.left() == []
+
+
+REDUCE = """
+import os, sys
+import torch
+import hpc_ds
+hpc_ds.init_distributed()
+total = torch.tensor([torch.distributed.get_rank() + 1])
+torch.distributed.all_reduce(total)
+with open(f"{sys.argv[-1]}/of-{torch.distributed.get_rank()}", "w") as file:
+    print(os.uname().nodename, os.environ["LOCAL_RANK"], total.item(), file=file)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("way", ["hpcds run", "mpirun"])
+def test_gloo_finds_its_way_between_hosts(way: str, hosts: Hosts, tmp_path: Path) -> None:
+    """Each host calls itself 127.0.1.1, where gloo would listen."""
+    (tmp_path / "reduce.py").write_text(REDUCE)
+    (tmp_path / "hostfile").write_text("w3 slots=2\nw2 slots=1\n")
+    script = [str(tmp_path / "reduce.py"), str(tmp_path)]
+    if way == "hpcds run":
+        argv = [sys.executable, "-m", "hpc_ds", "run", "--hostfile", str(tmp_path / "hostfile"), *script]
+    else:
+        options = [
+            "--allow-run-as-root",
+            "--map-by",
+            "slot",
+            "--oversubscribe",
+            "--bind-to",
+            "none",
+            "-x",
+            "PYTHONPATH",
+        ]
+        argv = ["mpirun.openmpi", *options, "--host", "w3:2,w2:1", sys.executable, *script]
+    done = hosts.run_on(0, argv, {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}, timeout_s=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(tmp_path / f"of-{rank}").read_text() for rank in range(3)] == ["w3 0 6\n", "w3 1 6\n", "w2 0 6\n"]

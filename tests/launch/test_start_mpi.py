@@ -102,7 +102,7 @@ def test_another_mpi_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "it there (module load), or choose another launcher"
     )
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(LaunchError, match="no mpiexec or mpirun or .* on PATH; install MPICH"):
+    with pytest.raises(LaunchError, match=r"no mpiexec or mpirun or .* on PATH; install MPICH"):
         find_launcher("mpich")
 
 
