@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 from typing import Any
 
 from hpc_ds.errors import RankError
@@ -37,8 +38,16 @@ def who_am_i(expected: Rank | None) -> Rank:
             if world.size != expected.world_size
             else f"MPI rank {world.rank}: the launcher says {expected.rank}; let one launcher start all processes"
         )
-    node = world.Split_type(_module().COMM_TYPE_SHARED)
-    return Rank(world.rank, node.rank, world.size, node.size, "mpi4py" if expected is None else expected.source)
+    local_rank, local_world_size = _on_this_node()
+    source = "mpi4py" if expected is None else expected.source
+    return Rank(world.rank, local_rank, world.size, local_world_size, source)
+
+
+@cache
+def _on_this_node() -> tuple[int, int]:
+    """Index and number of the processes that share memory. Collective the first time."""
+    node = _world().Split_type(_module().COMM_TYPE_SHARED)
+    return node.rank, node.size
 
 
 def tell_all(text: str | None) -> str:

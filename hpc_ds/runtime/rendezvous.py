@@ -286,8 +286,7 @@ def _own_hosts(me: Rank, environ: Mapping[str, str], others: list[str]) -> list[
 def _is_one_host(me: Rank, environ: Mapping[str, str]) -> bool:
     if in_slurm_step(environ):
         return environ.get("SLURM_STEP_NUM_NODES", "") == "1" and "," not in environ.get("SLURM_STEP_NODELIST", "")
-    # A run folder outside of a step and of MPI: ranks that the supervisor started here.
-    return me.local_world_size == me.world_size or me.source not in _MPI_SOURCES
+    return me.local_world_size == me.world_size
 
 
 def _other_nodes(environ: Mapping[str, str]) -> list[str]:

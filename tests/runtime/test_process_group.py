@@ -20,6 +20,7 @@ from hpc_ds.runtime.rank import Rank
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from hosts import Hosts
     from slurm_cluster import SlurmCluster
 
 MPIEXEC_OF_MPICH = "mpiexec.hydra"
@@ -66,8 +67,13 @@ def test_torchrun_and_a_restart_by_it(tmp_path: Path) -> None:
 
 @pytest.mark.mpi
 def test_open_mpi_introduces_the_ranks(tmp_path: Path) -> None:
-    mpirun = ["mpirun", "--oversubscribe", "-n", "2", sys.executable, SCRIPT, str(tmp_path)]
-    check_world(found_in(tmp_path, start(mpirun, {**os.environ, **ROOT_MPI})), [0, 1], "openmpi")
+    """The second has only a sign of MPI left, as under a PMIx that is not Open MPI's."""
+    rank = [sys.executable, SCRIPT, str(tmp_path)]
+    bare = ["env", *(f"--unset=OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))]
+    mpirun = ["mpirun", "--oversubscribe", "-n", "1", *rank, ":", "-n", "1", *bare, *rank]
+    found = found_in(tmp_path, start(mpirun, {**os.environ, **ROOT_MPI}))
+    assert [entry.pop("source") for entry in found] == ["openmpi", "mpi4py"]
+    check_world([{**entry, "source": "MPI"} for entry in found], [0, 1], "MPI")
 
 
 @pytest.mark.mpi
@@ -128,6 +134,31 @@ def test_srun_with_rank_0_on_the_last_node(slurm_cluster: SlurmCluster, tmp_path
     out.mkdir()
     srun = ["srun", "-N2", "-n2", "-m", "arbitrary", "--time=2", sys.executable, SCRIPT, str(out)]
     check_world(found_in(out, start(srun, env)), [0, 0], "slurm")
+
+
+@pytest.mark.hosts
+@pytest.mark.ranks
+def test_ranks_on_several_hosts_meet_over_the_network(hosts: Hosts, tmp_path: Path) -> None:
+    """Each host's own name resolves to 127.0.1.1 there, which gloo would take; rank 0 is on the last."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    out.mkdir()
+    (run / "site.json").write_text(json.dumps({"interfaces": ["eth0"], "port_range": [20000, 29999]}))
+    common = {
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "0",
+        "HPCDS_RUN_DIR": str(run),
+        "HPCDS_ATTEMPT": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, SCRIPT, str(out)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [hosts.start_on(2 - rank, command, {**common, "RANK": str(rank)}, **pipes) for rank in range(3)]
+    said = [rank.communicate(timeout=180)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0], said
+    found = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    check_world(found, [0, 0, 0], "env")
+    assert [entry["interface"] for entry in found] == ["eth0"] * 3
 
 
 RANK_0 = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
