@@ -23,6 +23,7 @@ _NEW_ADDRESS, _GET_ADDRESS, _DONE, _ERROR = 20, 22, 3, 2
 _REQUEST_DUMP = 0x301
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _ANY_PORT = 9  # of a datagram socket that sends nothing
+_BRIDGES = ("docker", "br-", "virbr", "veth", "cni", "flannel", "cali")  # every host has the same addresses there
 _ASKED = 3  # a name that does not resolve can take seconds
 
 
@@ -50,7 +51,8 @@ def own_address(others: Iterable[str], environ: Mapping[str, str], interfaces: S
 
     Returns:
         Of the interfaces that are named, the address of the route to the others if it is one of theirs, else the first.
-        Where none is named, that of the route, else the first that is not loopback. None where there is none such.
+        Where none is named, that of the route, else the first that is neither loopback nor a bridge of containers. None
+        where there is none such.
     """
     named = named_interfaces(environ) or ",".join(interfaces)
     usable = [entry for entry in own_addresses() if not ip_address(entry.address).is_loopback]
@@ -59,7 +61,8 @@ def own_address(others: Iterable[str], environ: Mapping[str, str], interfaces: S
     route = route_source(others)
     if route is not None and (not named or route in {entry.address for entry in usable}):
         return route
-    return next((entry.address for entry in usable), None)
+    bridges = [] if named else [entry for entry in usable if entry.interface.startswith(_BRIDGES)]
+    return next((entry.address for entry in usable if entry not in bridges), None)
 
 
 def named_interfaces(environ: Mapping[str, str]) -> str:

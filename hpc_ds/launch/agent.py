@@ -12,8 +12,8 @@
 | finish                      | ends what ranks have left behind: TERM, five seconds, KILL | done; then it ends    |
 | (end of the channel)        | the launcher is dead: as TERM and finish                   |                       |
 
-Signals that an agent itself gets, as from Slurm, are its ranks'. Each agent has a parent that does nothing but wait for
-it, and ends all that is left when it has ended, however that was.
+Signals that an agent itself gets are its ranks'; those of Slurm they have got already.
+Each agent has a parent that does nothing but wait for it, and ends all that is left when it has ended, however that was.
 """
 
 from __future__ import annotations
@@ -217,7 +217,9 @@ class Agent:
             if number == signal.SIGCHLD:
                 self._child_ended = True
                 continue
-            self._pass_on(signal.Signals(number))
+            # Slurm signals every process of a step; a rank that is leaving because of it must not be hit again.
+            if "SLURM_STEP_ID" not in self._environ:
+                self._pass_on(signal.Signals(number))
             if number in TO_GROUP and not self._ranks.pids:  # nothing was started: there is nobody to wait for
                 self._over = True
                 self._alone = True
