@@ -19,7 +19,6 @@ def test_a_reserved_port_can_be_listened_on_but_is_given_to_nobody_else() -> Non
         with pytest.raises(LaunchError, match=rf"master port {port.number}: in use on .*; choose another"):
             ReservedPort(port.number)
         port.close()
-        ReservedPort(port.number).close()
 
 
 def test_a_port_that_is_listened_on_is_refused() -> None:
