@@ -55,7 +55,9 @@ def own_address(others: Iterable[str], environ: Mapping[str, str], interfaces: S
         where there is none such.
     """
     named = named_interfaces(environ) or ",".join(interfaces)
-    usable = [entry for entry in own_addresses() if not ip_address(entry.address).is_loopback]
+    usable = own_addresses()
+    if not named or named.startswith("^"):  # who names "lo" has all ranks on one host
+        usable = [entry for entry in usable if not ip_address(entry.address).is_loopback]
     if named:
         usable = allowed(usable, named)
     route = route_source(others)

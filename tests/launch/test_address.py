@@ -62,8 +62,10 @@ def test_all_addresses_that_ip_lists_are_found() -> None:
     assert set(own_addresses()) == expected
 
 
-def test_loopback_is_no_address_for_others() -> None:
-    assert own_address([], {"NCCL_SOCKET_IFNAME": "=lo"}) is None
+def test_loopback_is_no_address_for_others_unless_it_is_named() -> None:
+    assert (
+        own_address([], {"NCCL_SOCKET_IFNAME": "=lo"}) == own_address([], {"GLOO_SOCKET_IFNAME": "lo"}) == "127.0.0.1"
+    )
     assert own_address([], {"NCCL_SOCKET_IFNAME": "no-such-interface"}) is None
     assert own_address([], {}, ["no-such-interface"]) is None
     assert own_address([], {}) not in {"127.0.0.1", "::1"}
