@@ -45,6 +45,7 @@ _TWICE_S = 0.5  # programs such as timeout signal a process and then its group: 
 _MEET_S = 60.0
 _SILENCE_S = 2.0  # of an agent whose rank is in the middle of a long line
 _AFTER_GRACE_S = 30.0
+_READ_S = 5.0
 _FINISH_S = 60.0
 _AGAIN_S = 5.0
 _CLOSE_S, _TERM_S, _KILL_S = 10.0, 5.0, 5.0
@@ -107,6 +108,7 @@ class _Launch:
         self._held: list[signal.Signals] = []
         self._interrupted_at: float | None = None
         self._heard_at = 0.0
+        self._stuck_at: int | None = None
         self._stopped: int | None = None
         self._closing_since: int | None = None
         self._on: dict[str, Callable[[Post, dict[str, Any], bytes], None]] = {
@@ -259,13 +261,19 @@ class _Launch:
                 self._tell(post, {"say": "signal", "number": int(number)})
             else:
                 self._over(post)
+        self._drop_what_nobody_reads(time.monotonic() + self._plan.grace_s)
         self._loop.later(self._plan.grace_s + _AFTER_GRACE_S, self._give_up)
+
+    def _drop_what_nobody_reads(self, after: float) -> None:
+        stuck_at = self._console.written if self._console.queued else None
+        if stuck_at is not None and stuck_at == self._stuck_at and time.monotonic() > after:
+            self._console.drop()
+        self._stuck_at = stuck_at
+        self._loop.later(_READ_S, partial(self._drop_what_nobody_reads, after))
 
     def _give_up(self) -> None:
         """Wait no longer for agents that should have answered; but that nobody reads the output is not their fault."""
         if self._loop.paused:
-            if self._ending:
-                self._console.drop()
             self._loop.later(_AGAIN_S, self._give_up)
             return
         for post in self._posts:

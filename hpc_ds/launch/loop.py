@@ -75,9 +75,13 @@ class Loop:
 
     @contextlib.contextmanager
     def catching(self, numbers: Iterable[signal.Signals]) -> Iterator[None]:
-        """Let signals, and SIGCHLD, be returned by ``turn``; those that are ignored, as below nohup, stay so."""
-        heeded = (number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)
-        caught = {*heeded, signal.SIGCHLD}  # where that is ignored, nobody's end can be waited for
+        """Let signals, and SIGCHLD, be returned by ``turn``.
+
+        SIGHUP stays ignored where it is, below nohup; but shells ignore SIGINT for what they start in the background.
+        """
+        caught = {*numbers, signal.SIGCHLD}
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            caught.discard(signal.SIGHUP)
         wakeup = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         before = {number: signal.signal(number, lambda _number, _frame: None) for number in caught}
         try:

@@ -183,6 +183,14 @@ for count in range(200):
     assert (launch.code, len(launch.out)) == (0, 200_000_000)
 
 
+def test_a_launch_that_is_told_to_end_does_not_wait_for_its_reader(tmp_path: Path) -> None:
+    with Launch(tmp_path, ["bash", "-c", "echo $RANK > notes-$RANK; exec yes"], grace_s=0.5) as launch:
+        wait_until(lambda: launch.notes(0) and launch.notes(1))
+        launch.process.terminate()
+        wait_until(lambda: launch.process.poll() is not None)
+        assert (launch.process.returncode, launch.left()) == (143, [])
+
+
 def test_an_end_of_the_reader_ends_the_launch(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     with Launch(tmp_path, ["yes"], stdout=writer) as launch:
