@@ -18,6 +18,7 @@ import pickle
 import tempfile
 import time
 import traceback
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -48,21 +49,29 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     ``function`` is one of a module, and what it takes and returns can be pickled. A rank that fails fails the caller,
     with its traceback; one that hangs does so too, with the stacks of its threads.
     """
+    (values,) = _run_worlds(world_size, [(function, args)], timeout_s)
+    return values
+
+
+def _run_worlds(world_size: int, calls: list[Case], timeout_s: float) -> list[list[Any]]:
+    """Run each call on ranks of its own, all at the same time; returns the values of each, by rank."""
     with tempfile.TemporaryDirectory(prefix="hpc_ds-ranks-") as name:
-        folder = Path(name)
+        worlds = [Path(name, str(number)) for number in range(len(calls))]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        processes = [
-            context.Process(target=_be_rank, args=(rank, world_size, folder, timeout_s, function, args), daemon=True)
-            for rank in range(world_size)
-        ]
+        ranks: dict[Path, Any] = {}  # the folder of each rank's files -> its process
         with _environment_of_ranks():
-            for process in processes:
-                process.start()
-        _wait_for_all(processes, timeout_s + GRACE.total_seconds())
-        complaints = [_complaint(folder, rank, process) for rank, process in enumerate(processes)]
+            for world, (function, args) in zip(worlds, calls, strict=True):
+                world.mkdir()
+                for rank in range(world_size):
+                    told = (rank, world_size, world, timeout_s, function, args)
+                    ranks[world / f"rank-{rank}"] = process = context.Process(target=_be_rank, args=told, daemon=True)
+                    process.start()
+        _wait_for_all(list(ranks.values()), timeout_s + GRACE.total_seconds())
+        complaints = [_complaint(files, process) for files, process in ranks.items()]
         assert not any(complaints), "\n\n".join(filter(None, complaints))
-        return [pickle.loads((folder / f"rank-{rank}.value").read_bytes()) for rank in range(world_size)]  # noqa: S301 - our own
+        values = [pickle.loads(files.with_suffix(".value").read_bytes()) for files in ranks]  # noqa: S301 - our own
+        return [values[first : first + world_size] for first in range(0, len(values), world_size)]
 
 
 class Outcomes:
@@ -78,13 +87,16 @@ class Outcomes:
         return [value for _, value in told]
 
 
-def run_cases(world_size: int, cases: Mapping[str, Case], timeout_s: float = 400.0) -> Outcomes:
+def run_cases(world_size: int, cases: Mapping[str, Case], timeout_s: float = 400.0, worlds: int = 1) -> Outcomes:
     """Run named cases, each ``(function, args)``, one after another on the same ranks.
 
     A case that fails on every rank does not keep the later ones from running; one that fails on some does, because the
-    ranks no longer agree on what comes next.
+    ranks no longer agree on what comes next. Ranks that talk wait for each other half of the time: with ``worlds=2`` two
+    sets of ranks each take half of the cases, in their order, at the same time.
     """
-    return Outcomes(run_ranks(_each_case, world_size, dict(cases), timeout_s=timeout_s))
+    shares = [dict(list(cases.items())[number::worlds]) for number in range(min(worlds, len(cases)))]
+    by_world = _run_worlds(world_size, [(_each_case, (share,)) for share in shares], timeout_s)
+    return Outcomes([dict(ChainMap(*of_rank)) for of_rank in zip(*by_world, strict=True)])
 
 
 def _each_case(rank: int, cases: dict[str, Case]) -> dict[str, tuple[str | None, Any]]:
@@ -170,11 +182,11 @@ def _wait_for_all(processes: list[Any], timeout_s: float) -> None:
         process.join()
 
 
-def _complaint(folder: Path, rank: int, process: Any) -> str | None:
-    error, stacks = folder / f"rank-{rank}.error", folder / f"rank-{rank}.stacks"
+def _complaint(files: Path, process: Any) -> str | None:
+    rank, error, stacks = files.name.replace("-", " "), files.with_suffix(".error"), files.with_suffix(".stacks")
     if process.exitcode == 0:
         return None
     if error.exists():
-        return f"rank {rank} failed:\n{error.read_text()}"
+        return f"{rank} failed:\n{error.read_text()}"
     text = stacks.read_text() if stacks.exists() else ""
-    return f"rank {rank} ended with exit code {process.exitcode} and told nothing\n{text}"
+    return f"{rank} ended with exit code {process.exitcode} and told nothing\n{text}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpcds_server import hpcds_server
+
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Mapping
 
 GPT = Path(__file__).resolve().parent.parent / "examples" / "gpt" / "job.json"
@@ -73,10 +74,7 @@ class Runs:
         self.env = {**env, "XDG_STATE_HOME": str(folder / "state"), "OMP_NUM_THREADS": "1"}
 
     def hpcds(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "hpc_ds", *args],
-            env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
+        done = hpcds_server().run(args, self.env, self.folder, timeout_s=300)
         if check and done.returncode != 0:
             raise AssertionError(f"hpcds {' '.join(args)}: {done.returncode}\n{done.stdout}{done.stderr}")
         return done

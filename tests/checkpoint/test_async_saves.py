@@ -553,4 +553,4 @@ def pair(folder: Path, disk: Path | None) -> Outcomes:
     cases = {name: (do, (*args, folder / name)) for name, (do, args) in cases.items()}
     if disk is not None:
         cases["full_disk"] = (full_disk, (folder / "full_disk", disk))
-    return run_cases(WORLD_SIZE, cases)
+    return run_cases(WORLD_SIZE, cases, worlds=2)

@@ -29,7 +29,7 @@ from hpc_ds.engine.schedules import make_schedule
 from hpc_ds.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.ranks
 
@@ -797,11 +797,16 @@ def on_a_pair(folder: Path) -> dict[str, Any]:
     return cases
 
 
+def each_size(to_do: Callable[[int, Path], dict[str, Any]], folder: Path) -> dict[int, Outcomes]:
+    sizes = (*WORLD_SIZES, MANY)
+    return {size: run_cases(size, to_do(size, folder), worlds=1 if size == MANY else 2) for size in sizes}
+
+
 @pytest.fixture(scope="module")
 def started(folder: Path) -> dict[int, Outcomes]:
-    return {world_size: run_cases(world_size, to_start(world_size, folder)) for world_size in (*WORLD_SIZES, MANY)}
+    return each_size(to_start, folder)
 
 
 @pytest.fixture(scope="module")
 def resumed(started: dict[int, Outcomes], folder: Path) -> dict[int, Outcomes]:
-    return {world_size: run_cases(world_size, to_resume(world_size, folder)) for world_size in (*WORLD_SIZES, MANY)}
+    return each_size(to_resume, folder)

@@ -173,4 +173,4 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         cases[f"dropped {stage}"] = (dropped, (stage, {}))
         cases[f"dropped bf16 {stage}"] = (dropped, (stage, PRECISIONS["bf16"]))
         cases[f"no_sync {stage}"] = (no_sync, (stage,))
-    return run_cases(2, cases)
+    return run_cases(2, cases, worlds=2)

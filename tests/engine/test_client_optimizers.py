@@ -144,4 +144,4 @@ def pair() -> Outcomes:
     for stage in STAGES:
         cases |= {f"client_optimizer {how} {stage}": (client_optimizer, (stage, how)) for how in CLIENTS}
         cases[f"half_optimized {stage}"] = (half_optimized, (stage,))
-    return run_cases(2, cases)
+    return run_cases(2, cases, worlds=2)

@@ -119,4 +119,4 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     }
     for precision, stage in itertools.product(BOUNDS, STAGES):
         cases[f"compiled {precision} {stage}"] = (compiled, (stage, precision, folder / f"{precision} {stage}"))
-    return run_cases(2, cases)
+    return run_cases(2, cases, worlds=2)

@@ -195,9 +195,9 @@ def pair() -> Outcomes:
         f"messages {overflows} {stage}": (messages, (stage, overflows))
         for overflows, stage in itertools.product((False, True), STAGES)
     }
-    return run_cases(2, cases | memory_cases(*TYPES))
+    return run_cases(2, cases | memory_cases(*TYPES), worlds=2)
 
 
 @pytest.fixture(scope="module")
 def four() -> Outcomes:
-    return run_cases(4, memory_cases("bf16"))
+    return run_cases(4, memory_cases("bf16"), worlds=2)

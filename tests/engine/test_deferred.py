@@ -249,4 +249,4 @@ def pair() -> Outcomes:
     for stage in STAGES:
         cases |= {f"{name} {stage}": (train, (name, stage)) for name in MODELS}
         cases |= {f"unfilled {kind.__name__} {stage}": (unfilled, (stage, kind)) for kind in (Bare, Half)}
-    return run_cases(2, cases)
+    return run_cases(2, cases, worlds=2)

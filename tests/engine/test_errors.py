@@ -264,7 +264,7 @@ def pair() -> Outcomes:
             cases[f"{function.__name__} {stage}"] = (function, (stage,))
     for stage in (1, 3):
         cases[f"alone {stage}"] = (alone, (stage,))
-    return run_cases(2, cases)
+    return run_cases(2, cases, worlds=2)
 
 
 # in processes of their own

@@ -181,4 +181,5 @@ def pair(folder: Path) -> Outcomes:
             f"{name} {precision} {stage}": (train, (name, precision, stage, folder / f"{name} {precision} {stage}"))
             for name, precision, stage in CASES
         },
+        worlds=2,
     )

@@ -513,7 +513,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
             cases[f"{function.__name__} {stage}"] = (function, (stage,))
     for stages in ((0, 0), (1, 2), (2, 2), (3, 3), (3, 1)):
         cases[f"alternating {stages}"] = (alternating, (stages,))
-    return run_cases(2, cases)
+    return run_cases(2, cases, worlds=2)
 
 
 # in this process

@@ -118,7 +118,7 @@ def world(request: pytest.FixtureRequest) -> tuple[int, Outcomes]:
     cases = {
         case.id: (train, (way, precision, optimizer)) for case in CASES for optimizer, precision, way in [case.values]
     }
-    return request.param, run_cases(request.param, cases, timeout_s=550)
+    return request.param, run_cases(request.param, cases, timeout_s=550, worlds=2)
 
 
 def mean_losses(ranks: list[dict[str, Any]]) -> list[float]:

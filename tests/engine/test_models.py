@@ -480,4 +480,4 @@ def pair() -> Outcomes:
     for precision, stage in itertools.product(BOUNDS, (0, 1, 2)):
         cases[f"where_parameters_begin {precision} {stage}"] = (where_parameters_begin, (stage, precision))
     cases["in_parts"] = (in_parts, ())  # last: the pass it breaks off leaves nothing in order
-    return run_cases(2, cases)
+    return run_cases(2, cases, worlds=2)

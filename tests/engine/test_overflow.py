@@ -184,4 +184,4 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
                 cases[f"not_finite {precision} {value} {stage}"] = (not_finite, (stage, precision, value))
         cases[f"diverge inside {stage}"] = (diverge, (stage, False, folder / f"inside {stage}"))
         cases[f"diverge at the loss {stage}"] = (diverge, (stage, True, folder / f"loss {stage}"))
-    return run_cases(2, cases)
+    return run_cases(2, cases, worlds=2)

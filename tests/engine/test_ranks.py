@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from ranks import run_cases, run_ranks
@@ -73,3 +74,18 @@ def test_each_case_has_its_own_outcome() -> None:
         _ = outcomes["fourth"]
     with pytest.raises(AssertionError, match="not run: an earlier case left the ranks apart"):
         _ = outcomes["fifth"]
+
+
+def test_two_worlds_share_the_cases_and_do_not_disturb_each_other() -> None:
+    cases = {"first": (fail_on, (0,)), "second": (who, (2,)), "third": (who, (3,)), "fourth": (who, (4,))}
+    outcomes = run_cases(2, cases, timeout_s=30.0, worlds=2)
+    assert [outcomes[name] for name in ("second", "fourth")] == [
+        [(0, 5, None, 1), (1, 5, None, 1)],
+        [(0, 9, None, 1), (1, 9, None, 1)],
+    ]
+    with pytest.raises(AssertionError, match=r"rank 0, case 'first':(.|\n)*a message of mine"):
+        _ = outcomes["first"]
+    with pytest.raises(AssertionError, match="not run: an earlier case left the ranks apart"):
+        _ = outcomes["third"]
+    with pytest.raises(AssertionError, match=r"rank 1 failed:\n(.|\n)*a message of mine"):
+        ranks._run_worlds(2, [(who, (1,)), (fail_on, (1,))], 30.0)

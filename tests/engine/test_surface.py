@@ -694,4 +694,4 @@ def pair(folder: Path) -> Outcomes:
             cases[f"saved_file {name} {stage}"] = (saved_file, (stage, precision, place))
         for function in (mixed, after_an_error, by_hand, with_graph, apart, other_batch_size, questions):
             cases[f"{function.__name__} {stage}"] = (function, (stage,))
-    return run_cases(WORLD_SIZE, cases)
+    return run_cases(WORLD_SIZE, cases, worlds=2)

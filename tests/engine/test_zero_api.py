@@ -540,4 +540,4 @@ def pair() -> Outcomes:
             cases[f"unseen {precision} {stage}"] = (unseen, (stage, precision))
             for how in ("double", "data"):
                 cases[f"replaced {precision} {stage} {how}"] = (replaced, (stage, precision, how))
-    return run_cases(WORLD_SIZE, cases)
+    return run_cases(WORLD_SIZE, cases, worlds=2)
