@@ -150,6 +150,6 @@ if __name__ == "__main__":
     preload()
     if (told := serve(sys.argv[1])) is not None:
         become(*told)
-        from hpc_ds.cli.main import main
+        from hpc_ds.cli.entry import main
 
         main()

@@ -31,12 +31,13 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_ds.cluster import process
 from hpc_ds.errors import LaunchError
+from hpc_ds.launch.address import named_interfaces, network, own_address, reachable_addresses
 from hpc_ds.launch.channel import LAUNCHER, NODE, TOKEN, Channel, Frame, from_wire
 from hpc_ds.launch.cores import Slice, slices
 from hpc_ds.launch.guardian import guarded, reap_orphans
-from hpc_ds.launch.meeting import ReservedPort, address_for, machine, own_addresses
 from hpc_ds.launch.pump import Pump
 from hpc_ds.launch.ranks import MERGED, TO_GROUP, RankGroup, RankSpec
+from hpc_ds.launch.reserved_port import ReservedPort
 from hpc_ds.version import __version__
 
 if TYPE_CHECKING:
@@ -138,12 +139,9 @@ class Agent:
 
     def _reserve(self, head: dict[str, Any], _body: bytes) -> None:
         self._port = ReservedPort(head["port"])
-        interface = head["interface"] or next(
-            (self._environ[name] for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if self._environ.get(name)),
-            "",
-        )
-        address = address_for(head["peers"], interface)
-        self._channel.send({"say": "reserved", "port": self._port.number, "address": address, "interface": interface})
+        environ = {**self._environ, **head["env"]}
+        answer = {"port": self._port.number, "address": own_address(head["peers"], environ)}
+        self._channel.send({"say": "reserved", **answer, "interfaces": named_interfaces(environ)})
 
     def _start(self, head: dict[str, Any], body: bytes) -> None:
         common = json.loads(body)
@@ -265,8 +263,8 @@ def hello(environ: Mapping[str, str]) -> dict[str, Any]:
         "say": "hello",
         "token": environ.get(TOKEN, ""),
         "host": process.node_name(),
-        "machine": machine(),
-        "addresses": own_addresses(),
+        "network": network(),
+        "addresses": reachable_addresses(),
         "pid": os.getpid(),
         "rank": None if rank is None else int(rank),
         "node": int(node) if node.isdigit() else None,

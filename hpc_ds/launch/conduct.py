@@ -23,6 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpc_ds.errors import LaunchError
+from hpc_ds.launch.address import NAMING
 from hpc_ds.launch.console import Console
 from hpc_ds.launch.cores import parse_core_list
 from hpc_ds.launch.failure import in_words
@@ -193,16 +194,9 @@ class _Launch:
         if first is None:  # rank 0 is another launcher's
             self._start(self._plan.master_addr or self._plan.hosts[0].name, self._plan.master_port)
             return
-        env = self._plan.env
-        self._tell(
-            first,
-            {
-                "say": "reserve",
-                "port": self._plan.master_port,
-                "peers": self._gathering.peers(),
-                "interface": env.get("NCCL_SOCKET_IFNAME") or env.get("GLOO_SOCKET_IFNAME") or "",
-            },
-        )
+        env = {name: self._plan.env[name] for name in NAMING if name in self._plan.env}
+        peers = self._gathering.peers()
+        self._tell(first, {"say": "reserve", "port": self._plan.master_port, "peers": peers, "env": env})
         self._loop.later(_MEET_S, self._has_met)
 
     def _has_met(self) -> None:
@@ -214,8 +208,8 @@ class _Launch:
         if address is None:
             address = head["address"] if self._gathering.peers() else "127.0.0.1"
         if address is None:
-            interface = f" at interface {head['interface']!r}" if head["interface"] else ""
-            self.fail(f"{post.name}: no address{interface} that the other hosts reach; give one as --master_addr")
+            named = f" at interface {head['interfaces']!r}" if head["interfaces"] else ""
+            self.fail(f"{post.name}: no address{named} that the other hosts reach; give one as --master_addr")
             return
         self._start(address, head["port"])
 

@@ -169,8 +169,8 @@ class Gathering:
                 f"agent on {said['host']!r}: says that it is {who}, which {problem}; see how it is started"
             )
             return None
-        machine = self._machines.setdefault(post.host.node_rank, said["machine"])
-        if machine != said["machine"]:
+        machine = self._machines.setdefault(post.host.node_rank, said["network"])
+        if machine != said["network"]:
             self._launch.fail(
                 f"{post.name}: it is on {said['host']!r}, but other ranks of that host are on another machine; "
                 "see how the launcher places ranks"
@@ -184,7 +184,7 @@ class Gathering:
         if self._plan.only_node is not None:
             return others
         here = self._machines.get(self._plan.hosts[0].node_rank)
-        apart = [post for post in self.posts if post.hello.get("machine") != here]
+        apart = [post for post in self.posts if post.hello.get("network") != here]
         return [*others, *(address for post in apart[:_ASKED] for address in post.hello["addresses"])] if apart else []
 
     def abandon(self) -> None:

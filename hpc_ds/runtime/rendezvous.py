@@ -272,14 +272,18 @@ def _own_hosts(me: Rank, environ: Mapping[str, str], others: list[str]) -> list[
     interfaces = _site(environ).get("interfaces")
     names = [str(name) for name in interfaces] if isinstance(interfaces, list) else []
     best = own_address(others, environ, names)
-    named = named_interfaces(environ) or ",".join(names)
+    named = named_interfaces(environ)
     if best is None and named:
         there = ", ".join(sorted({entry.interface for entry in own_addresses()})) or "none"
         raise RankError(
             f"interfaces {named!r}: none of them has an address on {gethostname()}, where rank 0 is; there are {there}: mend "
-            "NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME or the site's interfaces"
+            "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
         )
-    rest = [] if named else [entry.address for entry in own_addresses() if entry.interface != "lo"]
+    if best is not None and (named or names):
+        return [best]
+    # A site's interfaces may be those of another partition: then the route decides.
+    best = best or own_address(others, environ)
+    rest = [entry.address for entry in own_addresses() if entry.interface != "lo"]
     return list(dict.fromkeys([*([best] if best else []), *rest])) or ["127.0.0.1"]
 
 

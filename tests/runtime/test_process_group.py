@@ -161,6 +161,15 @@ def test_ranks_on_several_hosts_meet_over_the_network(hosts: Hosts, tmp_path: Pa
     assert [entry["interface"] for entry in found] == ["eth0"] * 3
 
 
+def test_a_site_s_interface_that_is_not_here_is_passed_over(tmp_path: Path) -> None:
+    me = Rank(0, 0, 2, None, "env")
+    (tmp_path / "site.json").write_text(json.dumps({"interfaces": ["no-such-interface"]}))
+    environ = {"HPCDS_RUN_DIR": str(tmp_path)}
+    assert rendezvous._own_hosts(me, environ, []) == rendezvous._own_hosts(me, {}, [])
+    assert rendezvous._own_hosts(me, {**environ, "NCCL_SOCKET_IFNAME": "=lo"}, []) == ["127.0.0.1"]
+    assert rendezvous._own_hosts(Rank(0, 0, 2, 2, "env"), environ, []) == ["127.0.0.1"]
+
+
 RANK_0 = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 RANK_1 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 MASTER = {"MASTER_ADDR": "127.0.0.1"}
