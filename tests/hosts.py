@@ -221,14 +221,14 @@ class Hosts:
         sshd.terminate()
         sshd.wait(timeout=60)
 
-    def start_sshd(self, index: int) -> None:
+    def start_sshd(self, index: int, port: int = 22) -> None:
         """Start the sshd of a host; return when it takes connections."""
         # sshd starts itself again for each connection, and wants to know where it is.
         program = shutil.which("sshd", path=with_sbin(os.environ.get("PATH", os.defpath))) or "/usr/sbin/sshd"
         log = self.folder / f"sshd-{self.names[index]}.log"
-        argv = [program, "-D", "-f", str(self.folder / "sshd_config"), "-E", str(log)]
+        argv = [program, "-D", "-f", str(self.folder / "sshd_config"), "-E", str(log), "-p", str(port)]
         sshd = self._sshd[index] = self.start_on(index, argv, cwd=self.folder, start_new_session=True)
-        _wait_for(lambda: sshd.poll() is not None or listens(sshd.pid, 22), "an sshd that listens")
+        _wait_for(lambda: sshd.poll() is not None or listens(sshd.pid, port), "an sshd that listens")
         if sshd.poll() is not None:
             raise RuntimeError(f"{' '.join(argv)}: exit code {sshd.returncode}\n{log.read_text()}")
 

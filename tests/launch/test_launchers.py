@@ -102,10 +102,11 @@ class Launch:
     def start(self, *words: str, options: tuple[str, ...] = (), **env: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-m", "hpc_ds", "run", "--launcher", self.launcher, "--hostfile", str(self.hostfile)]
         if self.launcher == "mpich":
-            options += ("--env", f"LD_LIBRARY_PATH={mpich_for_mpi4py(self.folder)}")
+            options = ("--env", f"LD_LIBRARY_PATH={mpich_for_mpi4py(self.folder)}", *options)
         with (self.folder / "stdout").open("w") as out, (self.folder / "stderr").open("w") as err:
+            program = [] if "--no_python" in options else [str(self.program)]
             self.process = self.hosts.start_on(
-                0, [*argv, *options, str(self.program), *words], env, stdout=out, stderr=err, text=True, cwd=self.folder
+                0, [*argv, *options, *program, *words], env, stdout=out, stderr=err, text=True, cwd=self.folder
             )
         return self.process
 
@@ -227,6 +228,19 @@ def test_a_host_that_refuses_is_named(launch: Launch) -> None:
     assert "ssh: connect to host w2 port 22: Connection refused" in said
     assert len(said) < 600, said
     assert launch.out == ""
+
+
+def test_another_port_of_ssh(launch: Launch) -> None:
+    launch.hostfile.write_text("w2 slots=1\n")
+    launch.hosts.stop_sshd(1)
+    launch.hosts.start_sshd(1, port=2222)
+    try:
+        launch.start("-c", "hostname", options=("--ssh_port", "2222", "--no_python", "--no_local_rank", "/bin/sh"))
+        assert launch.wait() == 0, launch.err
+    finally:
+        launch.hosts.stop_sshd(1)
+        launch.hosts.start_sshd(1)
+    assert launch.out == "w2\n"
 
 
 def test_a_host_that_dies_ends_the_launch(launch: Launch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,6 +190,29 @@ def test_signals_of_slurm_reach_ranks(launching: Launching) -> None:
     assert noted("stopped") == ["15", "15"]
     launching.cluster.wait_for_state(job, "COMPLETED")
     assert launching.cluster.output(job).splitlines()[-2:] == ["signals 75", "over"]
+
+
+def test_a_killed_launcher_leaves_no_rank(launching: Launching) -> None:
+    """The job goes on, as a script does that has lost one of its commands."""
+    notes, pid = launching.notes("killed"), launching.folder / "pid"
+    lines = (launching.run("killed", "rank.py wait").replace(";", f" & echo $! > {pid}; wait $!;"), "sleep 600")
+    launching.cluster.submit(launching.script(*lines), "--nodes=2", "--ntasks-per-node=1")
+    started = [notes / "is-0", notes / "is-1"]
+    launching.cluster.wait_for(lambda: all(path.exists() for path in started), 60, "both ranks")
+    assert len(with_notes(notes)) > 4, "the launcher, srun, agents and ranks"
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+    launching.cluster.wait_for(lambda: with_notes(notes) == [], 60, "no process of the launch")
+
+
+def with_notes(notes: Path) -> list[int]:
+    """The live processes of a launch, by a variable that all of them have."""
+    mark = b"\0NOTES=%b\0" % os.fsencode(notes)
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and mark in b"\0" + (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+    return found
 
 
 @pytest.mark.mpi
