@@ -25,10 +25,8 @@ _NEW_ADDRESS, _GET_ADDRESS, _DONE, _ERROR = 20, 22, 3, 2
 _REQUEST_DUMP = 0x301
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _ANY_PORT = 9  # of a datagram socket that sends nothing
-_BRIDGES = ("docker", "br-", "virbr", "veth", "cni", "flannel", "cali")  # every host has the same addresses there
 _ASKED = 8  # a name that does not resolve can take seconds
 _BRIDGES = ("docker", "br-", "virbr", "veth", "cni", "flannel", "cali")  # every host has the same addresses there
-
 
 NAMING = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 """Variables that name interfaces; the first that is set counts."""

@@ -17,7 +17,6 @@ torchrun's store outlives a start: rank 0 opens a meeting with a new number, and
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -25,13 +24,12 @@ import secrets
 import time
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.distributed import PrefixStore  # type: ignore[attr-defined] # torch's stubs leave it out
 
 from hpc_ds.errors import RankError
-from hpc_ds.launch.address import interface_towards, is_own, route_source
+from hpc_ds.launch.address import interface_towards, is_own, network, route_source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -145,18 +143,12 @@ def _entry(me: Rank, place: Place, devices: int) -> dict[str, Any]:
         "source": me.source,
         "pid": os.getpid(),
         "host": os.uname().nodename,
-        "machine": [os.uname().nodename, _boot_id()],
-        "node": [os.uname().nodename, _boot_id(), *node, group],
+        "network": network(),
+        "node": [os.uname().nodename, network(), *node, group],
         "devices": devices,
         "visible": [environ.get(name, "") for name in _VISIBLE],
         "address": route_source([place.address]),
     }
-
-
-def _boot_id() -> str:
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return ""
 
 
 def judge(entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -175,9 +167,9 @@ def judge(entries: list[dict[str, Any]]) -> dict[str, Any]:
             return {"refused": refused}
         if any(entry["local_rank"] is None for entry in here):
             placed |= {entry["rank"]: (index, len(here)) for index, entry in enumerate(here)}
-    elsewhere = [entry["address"] for entry in entries if entry["machine"] != entries[0]["machine"]]
+    elsewhere = [entry["address"] for entry in entries if entry["network"] != entries[0]["network"]]
     return {"word": secrets.token_hex(8), "placed": placed, "several": bool(elsewhere), "elsewhere": elsewhere[:1],
-            "machine": entries[0]["machine"]}  # fmt: skip
+            "network": entries[0]["network"]}  # fmt: skip
 
 
 def _refuse_shared(here: list[dict[str, Any]]) -> str:
@@ -263,7 +255,7 @@ def _listen_to(me: Rank, place: Place, store: Store) -> dict[str, Any]:
 def _interface(said: Mapping[str, Any], place: Place) -> str:
     if not said["several"]:
         return ""
-    is_with_rank_0 = said["machine"] == [os.uname().nodename, _boot_id()]
+    is_with_rank_0 = said["network"] == network()
     other = said["elsewhere"][0] if is_with_rank_0 else place.address
     return (interface_towards(other) or "") if other else ""
 

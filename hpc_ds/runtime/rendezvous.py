@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch's stubs leave it out
 
 from hpc_ds.errors import NodeListError, RankError
-from hpc_ds.launch.address import named_interfaces, own_address, own_addresses
+from hpc_ds.launch.address import named_interfaces, own_address, own_addresses, reachable_addresses
 from hpc_ds.launch.node_list import expand
 from hpc_ds.run_dir import read_object, write_atomic
 from hpc_ds.runtime import mpi, pmi
@@ -283,8 +283,7 @@ def _own_hosts(me: Rank, environ: Mapping[str, str], others: list[str]) -> list[
         return [best]
     # A site's interfaces may be those of another partition: then the route decides.
     best = best or own_address(others, environ)
-    rest = [entry.address for entry in own_addresses() if entry.interface != "lo"]
-    return list(dict.fromkeys([*([best] if best else []), *rest])) or ["127.0.0.1"]
+    return list(dict.fromkeys([*([best] if best else []), *reachable_addresses()]))
 
 
 def _is_one_host(me: Rank, environ: Mapping[str, str]) -> bool:
@@ -337,7 +336,8 @@ def _dial_until(look: Callable[[], _Published | None], me: Rank, deadline: Deadl
             if store is not None:
                 return store
         if deadline.is_over() or (problem.startswith(_NAMELESS) and deadline.spent_s() > _NAMELESS_S):
-            raise RankError(f"{words}: rank {me.rank} has not met it in {deadline.spent_s():.0f} s: {problem}")
+            spent_s = min(deadline.spent_s(), deadline.timeout_s)
+            raise RankError(f"{words}: rank {me.rank} has not met it in {spent_s:.0f} s: {problem}")
         time.sleep(min(pause, deadline.left_s()))
         pause = min(pause * 1.5, 1.0)
 
