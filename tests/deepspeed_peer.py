@@ -3,19 +3,22 @@
 DeepSpeed stands in a folder of its own (``install_deepspeed_peer.py``) that only these processes see. A script is a file
 with a function ``answer(payload)``, which every rank calls with the same JSON value and whose own answer is JSON; the
 group is there when it is called, and `import deepspeed` works. Since a start costs seconds, a file asks for everything
-that it wants to know in one payload.
+that it wants to know in one payload, and the ranks are forks of one process that has imported it and used none of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import tempfile
-import time
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VERSION = "0.19.8"
@@ -43,73 +46,98 @@ def run_deepspeed(script: Path, world_size: int, payload: Any, timeout_s: float 
     with tempfile.TemporaryDirectory(prefix="hpc_ds-deepspeed-") as name:
         folder = Path(name)
         (folder / "payload.json").write_text(json.dumps(payload), encoding="utf-8")
-        ranks = [_start(script, rank, world_size, folder) for rank in range(world_size)]
-        codes = _wait(ranks, timeout_s)
+        codes = _run(script, world_size, folder, timeout_s)
         if any(codes):
-            said = [(folder / f"rank-{rank}.log").read_text(errors="replace")[-6000:] for rank in range(world_size)]
             told = [
-                f"rank {rank}, exit code {code}:\n{text}"
-                for rank, (code, text) in enumerate(zip(codes, said, strict=True))
+                f"rank {rank}, exit code {code}:\n{(folder / f'rank-{rank}.log').read_text(errors='replace')[-6000:]}"
+                for rank, code in enumerate(codes)
             ]
             raise AssertionError("the peer failed\n" + "\n".join(told))
         return [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(world_size)]
 
 
-def _start(script: Path, rank: int, world_size: int, folder: Path) -> subprocess.Popen[bytes]:
+def _run(script: Path, world_size: int, folder: Path, timeout_s: float) -> list[int]:
+    """Start the process that imports DeepSpeed and forks the ranks; their exit codes."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN_PREFIXES)}
     environment |= FOR_EVERY_RANK | {
         "PYTHONPATH": os.pathsep.join([str(FOLDER), str(REPOSITORY), str(REPOSITORY / "tests")]),
         "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_SIZE": str(world_size),
     }
-    with (folder / f"rank-{rank}.log").open("wb") as log:
+    with contextlib.ExitStack() as logs:
+        # What is said before there are ranks stands in the log of the first.
+        first, *_ = [logs.enter_context((folder / f"rank-{rank}.log").open("wb")) for rank in range(world_size)]
         command = [sys.executable, str(Path(__file__)), str(script), str(folder)]
-        return subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        mother = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=first, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        mother.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(mother.pid, signal.SIGKILL)
+        mother.wait()
+    codes = folder / "codes.json"
+    return json.loads(codes.read_text()) if codes.exists() else [mother.returncode or 1] * world_size
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], timeout_s: float) -> list[int]:
-    """The exit codes; once one has failed, the others are stopped."""
-    deadline = time.monotonic() + timeout_s
-    while any(rank.poll() is None for rank in ranks):
-        if time.monotonic() > deadline or any(rank.returncode for rank in ranks):
-            for rank in ranks:
-                rank.kill()
-        time.sleep(0.05)
-    return [rank.returncode for rank in ranks]
-
-
-def _be_rank(script: str, folder: Path) -> None:
-    """One rank of the peer, in a process of its own."""
-    import runpy
-
-    import deepspeed
+def _be_all(script: str, folder: Path) -> None:
+    """Import what takes seconds, once, and fork the ranks; once one has failed, the others are stopped."""
+    import deepspeed  # noqa: F401
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
-    # Its CPU backend would compile an all-reduce over shared memory for itself, inside of init_distributed.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    deepspeed.init_distributed(
-        "gloo",
-        auto_mpi_discovery=False,
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=world_size,
-        verbose=False,
-    )
-    payload = json.loads((folder / "payload.json").read_text(encoding="utf-8"))
-    value = runpy.run_path(script)["answer"](payload)
-    (folder / f"rank-{rank}.json").write_text(json.dumps(value), encoding="utf-8")
-    dist.barrier()
+    ranks: dict[int, int] = {}
+    for rank in range(int(os.environ["WORLD_SIZE"])):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            _be_rank(script, folder)
+        ranks[pid] = rank
+    codes: dict[int, int] = {}
+    while len(codes) < len(ranks):
+        pid, status = os.wait()
+        codes[ranks[pid]] = os.waitstatus_to_exitcode(status)
+        if codes[ranks[pid]]:
+            for other, its_rank in ranks.items():
+                if its_rank not in codes:
+                    os.kill(other, signal.SIGKILL)
+    (folder / "codes.json").write_text(json.dumps([codes[rank] for rank in sorted(codes)]))
+
+
+def _be_rank(script: str, folder: Path) -> NoReturn:
+    """One rank of the peer, in a process of its own."""
+    import deepspeed
+    import torch.distributed as dist
+
+    try:
+        # Its CPU backend would compile an all-reduce over shared memory for itself, inside of init_distributed.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        deepspeed.init_distributed(
+            "gloo",
+            auto_mpi_discovery=False,
+            init_method=f"file://{folder / 'store'}",
+            rank=rank,
+            world_size=world_size,
+            verbose=False,
+        )
+        payload = json.loads((folder / "payload.json").read_text(encoding="utf-8"))
+        value = runpy.run_path(script)["answer"](payload)
+        (folder / f"rank-{rank}.json").write_text(json.dumps(value), encoding="utf-8")
+        dist.barrier()
+        code = 0
+    except BaseException:  # noqa: BLE001 - whatever it is, it is shown
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     # gloo's threads abort now and then while the interpreter is taken down (pytorch #190489), and all is said.
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    _be_rank(sys.argv[1], Path(sys.argv[2]))
+    _be_all(sys.argv[1], Path(sys.argv[2]))

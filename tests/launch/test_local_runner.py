@@ -135,7 +135,8 @@ def test_a_traceback_is_the_last_words_of_a_rank(bench: Bench) -> None:
     assert failure.last_lines[-1] == "ValueError: no such file"
 
 
-def test_a_killed_rank_is_named_with_its_signal(bench: Bench) -> None:
+def test_a_killed_rank_is_named_with_its_signal(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_SAY_S", 0.3)
     runner = bench.start(SLEEP, "os.kill(os.getpid(), signal.SIGKILL)")
     assert outcome(runner) == 137
     failure = bench.failure(runner)
@@ -178,6 +179,7 @@ def test_a_rank_that_saves_after_another_one_failed_does_not_hide_the_failure(be
 
 
 def test_a_rank_that_ignores_the_end_is_killed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_SAY_S", 0.3)
     monkeypatch.setattr(local, "_PATIENCE_S", 0.3)
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); open('ready', 'w'); time.sleep(60)"
     runner = bench.start(deaf, "[time.sleep(0.01) for _ in iter(lambda: os.path.exists('ready'), True)]; sys.exit(3)")
