@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 # Which devices this machine shows is no other host's business.
 _OF_THIS_HOST = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _SYSTEM_FOLDERS = {Path("/usr/bin"), Path("/bin")}
-# What ssh says below mpirun; hydra then waits for ever.
-_REFUSED = re.compile(r"^ssh: |Permission denied|Host key verification failed|Too many authentication")
+# What ssh says below mpirun; hydra then waits for ever. Not Open MPI's "setpgid ... errno=Permission denied(13)", which is
+# only a warning.
+_REFUSED = re.compile(r"^ssh: |: Permission denied [(]|Host key verification failed|Too many authentication")
 
 
 class Family(NamedTuple):
