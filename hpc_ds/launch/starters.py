@@ -99,7 +99,7 @@ class PdshStarter:
         with memory_file("".join(f"{host.name}\n" for host in plan.hosts)) as hosts:
             command = ["pdsh", *options, "-w", f"^/dev/fd/{hosts}", remote]
             program = Program(command, "pdsh", env=environ, pass_fds=[hosts])
-        program.alarm = re.compile(r"^pdsh@|^ssh: |Permission denied|not found|No such file")
+        program.alarm = re.compile(r"^(?:pdsh@|ssh: |env: )|: Permission denied [(]|Host key verification failed")
         program.cure = "see whether pdsh -R ssh works for these hosts without a question"
         yield program
 
