@@ -32,9 +32,11 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slurm and not hosts and not mpi and not ranks and not local" $(PYTEST_ARGS)
 
-# What takes too long for every change: hundreds of saves that are killed on the way, thirty events over one run on Slurm.
+# What takes too long for every change: hundreds of saves that are killed on the way, thirty events over one run on Slurm,
+# 32 ranks with torch on 32 nodes.
 test-long: $(VENV)/.installed-dev
-	HPCDS_LONG=1 $(BIN)/python -m pytest tests/checkpoint/test_chaos.py tests/test_soak.py $(PYTEST_ARGS)
+	HPCDS_LONG=1 $(BIN)/python -m pytest tests/checkpoint/test_chaos.py tests/test_soak.py \
+		tests/slurm/test_slurm_launch.py $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ RUNS/<name>-<stamp>/
     hpcds-sweep.json     name, site, job id, throttle, and the values of each task; the mark of a sweep's folder
     script.sbatch        what the scheduler was given: an array (not on site local)
     provenance.json      as in a run; code.diff and code/ are here and not in the runs
+    after.json           what the sweep waited for when it was submitted
     1/ 2/ ...            the runs, each with all that a run has
 """
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-NEEDED_PROGRAMS = {"slurm": PROGRAMS, "mpi": ("mpirun",), "ssh": ("ssh", "sshd", "ssh-keygen")}
+NEEDED_PROGRAMS = {"slurm": PROGRAMS, "mpi": ("mpirun",), "ssh": ("ssh", "sshd", "ssh-keygen", "pdsh")}
 
 # What an outer job or launcher says about ranks must not reach a test.
 FOREIGN_PREFIXES = ("SLURM_", "SBATCH_", "PMI", "OMPI_", "HPCDS_")

@@ -6,7 +6,8 @@ of this machine. What is real: ssh, its keys, routes, ports, refused and lost co
 
 - *Private.* No interface, address, name or file outside the namespaces and one folder; any number of harnesses run
   side by side. Inside, plain ``ssh w2`` works for every program, with no option: ``/etc/ssh/ssh_config`` is the
-  harness's. Outside, nothing is reached: programs run on a host by `Hosts.run_on` and `Hosts.start_on`.
+  harness's, and root's home is an empty folder of it, whose shell reads nobody's ``.bashrc``. Outside, nothing is
+  reached: programs run on a host by `Hosts.run_on` and `Hosts.start_on`.
 - *As unkind as Debian.* A host's own name resolves to 127.0.1.1 on itself. ``w99`` has an address where nobody answers.
 - *Nothing is left behind.* Each host is held by an anchor: a process that waits for the end of a pipe from here, then
   kills whatever lives in its namespaces, and ends; with it the kernel removes them. Hence also after a kill of pytest.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import signal
 import socket
@@ -43,7 +45,7 @@ PROGRAMS = ("ip", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen", "pdsh", "mp
 NETWORK = "10.77.0."
 NOBODY = "w99"  # its address is in no host's possession
 
-# In the environment of every process of a harness that has not wiped it: whose it is.
+# In the environment of every process of a harness, and in the command line of its sshd, which wipes its own: whose it is.
 MARK = "HOSTS_OF"
 
 SSH_CONFIG = """\
@@ -109,6 +111,11 @@ class Hosts:
     def ssh_config(self) -> Path:
         """What ``ssh -F`` takes; on a host it is the default."""
         return self.folder / "ssh_config"
+
+    @property
+    def home(self) -> Path:
+        """The home of root on all hosts."""
+        return self.folder / "home"
 
     def address(self, index: int) -> str:
         """The address of a host's eth0."""
@@ -180,9 +187,10 @@ class Hosts:
         """
         cwd = str(options.pop("cwd", Path.cwd()))
         enter = ["nsenter", f"--target={self._anchors[index].pid}", "--net", "--uts", "--mount", "--"]
+        own = {"PATH": with_sbin(os.environ.get("PATH", os.defpath)), "HOME": str(self.home), MARK: me()}
         return subprocess.Popen(
             [*enter, "env", f"--chdir={cwd}", *argv],
-            env={**os.environ, "PATH": with_sbin(os.environ.get("PATH", os.defpath)), MARK: me(), **(env or {})},
+            env={**os.environ, **own, **(env or {})},
             **{"stdin": subprocess.DEVNULL, **options},
         )
 
@@ -221,14 +229,15 @@ class Hosts:
         sshd.terminate()
         sshd.wait(timeout=60)
 
-    def start_sshd(self, index: int) -> None:
+    def start_sshd(self, index: int, port: int = 22) -> None:
         """Start the sshd of a host; return when it takes connections."""
         # sshd starts itself again for each connection, and wants to know where it is.
         program = shutil.which("sshd", path=with_sbin(os.environ.get("PATH", os.defpath))) or "/usr/sbin/sshd"
         log = self.folder / f"sshd-{self.names[index]}.log"
-        argv = [program, "-D", "-f", str(self.folder / "sshd_config"), "-E", str(log)]
+        argv = [program, "-D", "-f", str(self.folder / "sshd_config"), "-E", str(log), "-p", str(port)]
+        argv += ["-o", f"SetEnv={MARK}={me()}"]
         sshd = self._sshd[index] = self.start_on(index, argv, cwd=self.folder, start_new_session=True)
-        _wait_for(lambda: sshd.poll() is not None or listens(sshd.pid, 22), "an sshd that listens")
+        _wait_for(lambda: sshd.poll() is not None or listens(sshd.pid, port), "an sshd that listens")
         if sshd.poll() is not None:
             raise RuntimeError(f"{' '.join(argv)}: exit code {sshd.returncode}\n{log.read_text()}")
 
@@ -242,10 +251,14 @@ class Hosts:
         (self.folder / "known_hosts").write_text(f"* {key}")
         self.ssh_config.write_text(SSH_CONFIG.format(folder=self.folder))
         (self.folder / "sshd_config").write_text(SSHD_CONFIG.format(folder=self.folder))
+        self.home.mkdir()
+        users = [line.split(":") for line in Path("/etc/passwd").read_text().splitlines()]
+        own = [[*user[:5], str(self.home), "/bin/sh"] if user[0] == "root" else user for user in users]
+        (self.folder / "passwd").write_text("".join(f"{':'.join(user)}\n" for user in own))
         others = [f"{self.address(index)} {name}" for index, name in enumerate(self.names)] + [f"{NETWORK}99 {NOBODY}"]
-        for own in self.names:
-            lines = ["127.0.0.1 localhost", f"127.0.1.1 {own}", *(line for line in others if line.split()[1] != own)]
-            (self.folder / f"{own}.hosts").write_text("\n".join(lines) + "\n")
+        for name in self.names:
+            lines = ["127.0.0.1 localhost", f"127.0.1.1 {name}", *(line for line in others if line.split()[1] != name)]
+            (self.folder / f"{name}.hosts").write_text("\n".join(lines) + "\n")
 
     def _start_anchor(self, name: str) -> None:
         anchor = subprocess.Popen(
@@ -331,9 +344,9 @@ def remove_stale() -> None:
 
 def _owner_of(entry: Path) -> str:
     with suppress(OSError):
-        for word in (entry / "environ").read_bytes().split(b"\0"):
-            if word.startswith(f"{MARK}=".encode()):
-                return word.decode().partition("=")[2]
+        words = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+        if found := re.search(rf"{MARK}=(\d+-\d+)".encode(), words):
+            return found[1].decode()
     return ""
 
 
@@ -360,6 +373,7 @@ def hold(name: str, folder: Path) -> None:
             ["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"],  # noqa: S108 - it is the one of the namespace
             ["mount", "--bind", str(folder / f"{name}.hosts"), "/etc/hosts"],
             ["mount", "--bind", str(folder / "ssh_config"), "/etc/ssh/ssh_config"],
+            ["mount", "--bind", str(folder / "passwd"), "/etc/passwd"],
         ]
         for argv in mounts:
             subprocess.run(argv, check=True)

@@ -28,6 +28,8 @@ from hosts import Hosts
 hosts = Hosts(Path(sys.argv[1]), 2)
 hosts.start()
 hosts.start_on(1, ["sleep", "600"])
+while not any("sleep 600" in command for command in hosts.processes(1).values()):
+    time.sleep(0.02)
 print(*(anchor.pid for anchor in hosts._anchors), flush=True)
 time.sleep(600)
 """
@@ -46,6 +48,8 @@ def test_hosts_are_reached_by_ssh_and_pdsh_alone(hosts: Hosts) -> None:
     assert hosts.run_on(0, ["sh", "-c", script]).stdout.split() == ["w1", "w2", "7", "w2:", "w2", "w3:", "w3", "/"]
     assert hosts.run_on(2, ["getent", "ahostsv4", "w3"]).stdout.split()[0] == "127.0.1.1"
     assert hosts.run_on(2, ["getent", "ahostsv4", "w1"]).stdout.split()[0] == hosts.address(0)
+    home = hosts.run_on(0, ["ssh", "w3", "echo $HOME; pwd; cd; pwd; echo $0"]).stdout.split()
+    assert home == [str(hosts.home)] * 3 + ["sh"], "no file of this machine's root is read there"
     outside = subprocess.run(
         ["ssh", "-F", hosts.ssh_config, "-oConnectTimeout=1", "w1"], check=False, capture_output=True
     )

@@ -68,6 +68,7 @@ ENVIRONMENT_READERS = {
     "cluster/process.py",  # what Slurm calls this node
     "cluster/local_keeper.py",
     "launch/agent.py",  # what its host gives to ranks
+    "launch/starters.py",  # what a user gives to pdsh's ssh
     "launch/start_mpi.py",  # hands it on to mpirun
     "launch/start_slurm.py",  # the allocation; hands it on to srun
     "supervise/supervisor.py",  # reads the job id, hands the rest on to the ranks

@@ -90,7 +90,7 @@ def _examine(plan: LaunchPlan, allreduce_gb_s: float | None, slow: str, *, json_
     records = named_by(told, [(host.name, host.first_rank, host.ranks) for host in plan.hosts])
     ranks = {host.name: host.ranks for host in hosts}
     asked = Asked(sum(ranks.values()), ranks, _gpus(plan), allreduce_gb_s=allreduce_gb_s, slow=slow)
-    findings = [*problem, *findings_of(records, asked)]
+    findings = [*problem, *(findings_of(records, asked) if records or not problem else ())]
     summary = summary_of(records, findings, list(ranks))
     bad = failed(findings)
     if json_output:
@@ -113,7 +113,8 @@ def _records(plan: LaunchPlan) -> tuple[int, list[dict[str, Any]], list[Finding]
         try:
             code = conduct(plan, starter_for(plan), out=output.fileno())
         except LaunchError as error:
-            problem = [Finding("", "start", "fail", str(error))]
+            named = next((host.name for host in plan.hosts if repr(host.name) in str(error)), "")
+            problem = [Finding(named, "start", "fail", str(error))]
         output.seek(0)
         lines = output.read().decode(errors="replace").splitlines()
     last: dict[int, dict[str, Any]] = {}

@@ -5,6 +5,7 @@ Every verb imports what it needs when it is called, so that ``--help`` and the l
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Annotated, Optional
 
 import typer
@@ -13,7 +14,7 @@ from hpc_ds.cli import checkpoint, config, doctor, hostfile, init, rerun, runs, 
 from hpc_ds.cli.entry import main
 from hpc_ds.version import __version__
 
-__all__ = ["app", "main"]
+__all__ = ["app", "app_of", "main"]
 
 
 def run_ranks(context: typer.Context) -> None:
@@ -78,3 +79,11 @@ def _options(
     ] = None,
 ) -> None:
     """Training jobs on Slurm and on this machine that own themselves until their last step."""
+
+
+def app_of(verb: str) -> typer.Typer:
+    """The app as far as one call needs it: typer looks at every parameter of every verb that it knows."""
+    called = copy(app)
+    called.registered_commands = [one for one in app.registered_commands if one.name == verb]
+    called.registered_groups = [one for one in app.registered_groups if one.name == verb]
+    return called if called.registered_commands or called.registered_groups else app

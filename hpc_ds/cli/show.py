@@ -36,7 +36,7 @@ _STYLES = {
     "failed": "red",
     "held": "red",
 }
-_PARTS = ("training", "start_up", "saving", "lost", "other")
+_PARTS = ("training", "preflight", "start_up", "saving", "lost", "other")
 
 
 def console() -> Console:

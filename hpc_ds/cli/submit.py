@@ -35,6 +35,7 @@ from hpc_ds.cli.options import (
 if TYPE_CHECKING:
     from hpc_ds.config.job import JobConfig
     from hpc_ds.config.site import SiteConfig
+    from hpc_ds.script.sweep import SubmittedSweep
     from hpc_ds.script.waiting import Wait
 
 
@@ -201,8 +202,13 @@ def _sweep(
         return
     done = submit_sweep(asked, site, wanted.runs, waits=wanted.waits(), sources=wanted.sources[0], check=wanted.check)
     warn(done.warnings)
-    told = {"sweep_dir": str(done.sweep.root), "job_id": done.job_id, "site": site.name, "runs": len(points)}
-    words = f"job {done.job_id} on site {site.name}, {len(points)} runs\nsweep {done.sweep.root}"
+    tell_of_sweep(done, site.name, len(points), json_output=json_output)
+
+
+def tell_of_sweep(done: SubmittedSweep, site: str, count: int, *, json_output: bool) -> None:
+    """Say what was queued."""
+    told = {"sweep_dir": str(done.sweep.root), "job_id": done.job_id, "site": site, "runs": count}
+    words = f"job {done.job_id} on site {site}, {count} runs\nsweep {done.sweep.root}"
     typer.echo(json.dumps(told) if json_output else words)
 
 

@@ -33,16 +33,19 @@ BUSY = 17
 """Exit code of a keeper that found another one at work on its run."""
 
 
-def start_array(sweep: SweepDir, numbers: Sequence[int], throttle: int) -> str:
+def start_array(sweep: SweepDir, numbers: Sequence[int], throttle: int, *, wait: bool = False) -> str:
     """Start the runs of a sweep, ``throttle`` at a time, by a process of its own; returns its id.
+
+    With ``wait`` the first starts after what stands in ``after.json`` of the sweep.
 
     Raises:
         SubmitError: it did not start.
     """
     sweep.local.mkdir(exist_ok=True)
+    words = [str(throttle), *map(str, numbers), *(["wait"] if wait else [])]
     with (sweep.local / "array.log").open("ab") as log:
         array = subprocess.Popen(
-            [sys.executable, "-m", "hpc_ds.cluster.local_array", str(sweep.root), str(throttle), *map(str, numbers)],
+            [sys.executable, "-m", "hpc_ds.cluster.local_array", str(sweep.root), *words],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

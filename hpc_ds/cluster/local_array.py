@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from hpc_ds.cluster import process
 from hpc_ds.cluster.local import Local
+from hpc_ds.cluster.local_wait import verdict
 from hpc_ds.cluster.scheduler import JobState
 from hpc_ds.errors import SchedulerError
 from hpc_ds.run_dir import RunDir, read_object, write_json
@@ -38,28 +39,47 @@ class Array:
         self._waiting = {number: sweep.run(number) for number in numbers}
         self._running: list[RunDir] = []
 
-    def run(self) -> None:
-        """Run them all."""
+    def run(self, *, wait: bool = False) -> None:
+        """Run them all; with ``wait`` after what stands in ``after.json`` of the sweep."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _WAKE)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number, run in self._waiting.items():
             run.local.mkdir(exist_ok=True)
             for left in (run.local / "requests").glob("*.json"):
                 left.unlink(missing_ok=True)
-            self._change(number, run, "PENDING", "JobArrayTaskLimit")
+            self._change(number, run, "PENDING", "Dependency" if wait else "JobArrayTaskLimit")
             write_json(run.job, self._job(number, run), durable=False)
         write_json(self._sweep.local / "state.json", {"pid": os.getpid()})
+        if wait and not self._wait():
+            return
         while self._waiting or self._running:
             self._running = [run for run in self._running if _runs(run)]
             self._take_requests()  # after that look: who cancels all, cancels those that wait first
             while self._waiting and len(self._running) < self._throttle:
                 self._start_next()
-            woken = signal.sigtimedwait(_WAKE, _LOOK_EVERY_S)
-            if woken is not None and woken.si_signo in {signal.SIGTERM, signal.SIGINT}:
+            if self._is_told_to_end():
                 return  # those that wait count as lost with their node
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
+
+    @staticmethod
+    def _is_told_to_end() -> bool:
+        """Wait until something happens; whether it is the end."""
+        woken = signal.sigtimedwait(_WAKE, _LOOK_EVERY_S)
+        return woken is not None and woken.si_signo in {signal.SIGTERM, signal.SIGINT}
+
+    def _wait(self) -> bool:
+        """Wait for other runs; whether those of this sweep may start at last."""
+        while self._waiting and (now := verdict(RunDir(self._sweep.root))) != "go":
+            self._take_requests()
+            if now == "never":
+                for number, run in self._waiting.items():
+                    self._change(number, run, "CANCELLED", "DependencyNeverSatisfied")
+                return False
+            if self._is_told_to_end():
+                return False
+        return True
 
     def _job_id(self, number: int) -> str:
         return f"{self._name}_{number}"
@@ -106,4 +126,6 @@ def _runs(run: RunDir) -> bool:
 
 
 if __name__ == "__main__":
-    Array(SweepDir(Path(sys.argv[1])), int(sys.argv[2]), [int(word) for word in sys.argv[3:]]).run()
+    words = sys.argv[3:]
+    array = Array(SweepDir(Path(sys.argv[1])), int(sys.argv[2]), [int(word) for word in words if word.isdigit()])
+    array.run(wait="wait" in words)

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 class Model(BaseModel):
     """Strict, frozen, and closed: an unknown key, or text where a number belongs, is an error."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, protected_namespaces=())
+    # defer_build: a start builds the validators that it uses, and no section's twice.
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, populate_by_name=True, protected_namespaces=(), defer_build=True
+    )
 
 
 _WRONG_TYPE = {

@@ -1,4 +1,4 @@
-"""Which address of this host the others reach: of an interface that is named, or of the route to one of them.
+"""Which addresses this host has, and which of them others reach: of an interface that is named, or of the route to them.
 
 The host's own name is no help: on Debian it resolves to 127.0.1.1, and the first of ``hostname -I`` can be a bridge of
 containers. Interfaces are named as NCCL takes them: ``eth`` is every one that begins so, ``=eth0`` that one, ``^docker``
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import socket
 import struct
 from ipaddress import ip_address
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -23,7 +25,11 @@ _NEW_ADDRESS, _GET_ADDRESS, _DONE, _ERROR = 20, 22, 3, 2
 _REQUEST_DUMP = 0x301
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _ANY_PORT = 9  # of a datagram socket that sends nothing
-_ASKED = 3  # a name that does not resolve can take seconds
+_ASKED = 8  # a name that does not resolve can take seconds
+_BRIDGES = ("docker", "br-", "virbr", "veth", "cni", "flannel", "cali")  # every host has the same addresses there
+
+NAMING = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+"""Variables that name interfaces; the first that is set counts."""
 
 
 class Address(NamedTuple):
@@ -40,32 +46,43 @@ def own_addresses() -> list[Address]:
     return [entry for entry in found if not ip_address(entry.address).is_link_local]
 
 
+def reachable_addresses() -> list[str]:
+    """Those that others may reach, the likely ones first; that of the loopback if there are none."""
+    found = [entry for entry in own_addresses() if not ip_address(entry.address).is_loopback]
+    found.sort(key=lambda entry: entry.interface.startswith(_BRIDGES))
+    return list(dict.fromkeys(entry.address for entry in found)) or ["127.0.0.1"]
+
+
 def own_address(others: Iterable[str], environ: Mapping[str, str], interfaces: Sequence[str] = ()) -> str | None:
     """An address of this host for other hosts to connect to.
 
     Args:
         others: names or addresses of other hosts; those that do not resolve are passed over.
-        environ: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME are read, in this order.
+        environ: the variables of ``NAMING`` are read.
         interfaces: those of the site, where neither is set.
 
     Returns:
         Of the interfaces that are named, the address of the route to the others if it is one of theirs, else the first.
-        Where none is named, that of the route, else the first that is not loopback. None where there is none such.
+        Where none is named, that of the route, else the first that is neither loopback nor a bridge of containers. None
+        where there is none such.
     """
     named = named_interfaces(environ) or ",".join(interfaces)
-    usable = [entry for entry in own_addresses() if not ip_address(entry.address).is_loopback]
+    usable = own_addresses()
+    if not named or named.startswith("^"):  # who names "lo" has all ranks on one host
+        usable = [entry for entry in usable if not ip_address(entry.address).is_loopback]
     if named:
         usable = allowed(usable, named)
     route = route_source(others)
     if route is not None and (not named or route in {entry.address for entry in usable}):
         return route
-    return next((entry.address for entry in usable), None)
+    bridges = [] if named else [entry for entry in usable if entry.interface.startswith(_BRIDGES)]
+    return next((entry.address for entry in usable if entry not in bridges), None)
 
 
 def named_interfaces(environ: Mapping[str, str]) -> str:
     """What the variables of NCCL, else of gloo, name, in NCCL's form; "" where neither is set."""
-    gloo = environ.get("GLOO_SOCKET_IFNAME", "").strip()
-    return environ.get("NCCL_SOCKET_IFNAME", "").strip() or (f"={gloo}" if gloo else "")
+    nccl, gloo = (environ.get(name, "").strip() for name in NAMING)
+    return nccl or (f"={gloo}" if gloo else "")
 
 
 def allowed(addresses: Sequence[Address], named: str) -> list[Address]:
@@ -86,14 +103,18 @@ def allowed(addresses: Sequence[Address], named: str) -> list[Address]:
 def route_source(others: Iterable[str]) -> str | None:
     """The address of this host that the first of the others which resolves would see; None where none does.
 
-    Towards a name of this host itself it is a loopback address.
+    Towards a name of this host itself it is a loopback address: that counts only where there is no other.
     """
+    loopback = None
     for host in itertools.islice(others, _ASKED):
         for family, address in _resolved(host):
             with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
                 probe.connect((address, _ANY_PORT))  # sends nothing: it asks for the route only
-                return str(probe.getsockname()[0])
-    return None
+                source = str(probe.getsockname()[0])
+                if not ip_address(source).is_loopback:
+                    return source
+                loopback = loopback or source
+    return loopback
 
 
 def interface_towards(host: str) -> str | None:
@@ -109,6 +130,15 @@ def is_own(host: str) -> bool:
     """Whether a name or address is one of this host's, by which its own processes can be reached."""
     own = {entry.address for entry in own_addresses()}
     return any(address in own or ip_address(address).is_loopback for _, address in _resolved(host))
+
+
+def network() -> str:
+    """What two processes have in common that reach each other at 127.0.0.1."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/net').readlink()}"
+    except OSError:
+        return os.uname().nodename
 
 
 def _resolved(host: str) -> list[tuple[socket.AddressFamily, str]]:

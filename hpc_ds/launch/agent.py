@@ -12,8 +12,8 @@
 | finish                      | ends what ranks have left behind: TERM, five seconds, KILL | done; then it ends    |
 | (end of the channel)        | the launcher is dead: as TERM and finish                   |                       |
 
-Signals that an agent itself gets, as from Slurm, are its ranks'. Each agent has a parent that does nothing but wait for
-it, and ends all that is left when it has ended, however that was.
+Signals that an agent itself gets are its ranks'; those of Slurm they have got already.
+Each agent has a parent that does nothing but wait for it, and ends all that is left when it has ended, however that was.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_ds.cluster import process
 from hpc_ds.errors import LaunchError
+from hpc_ds.launch.address import named_interfaces, network, own_address, reachable_addresses
 from hpc_ds.launch.channel import LAUNCHER, NODE, TOKEN, Channel, Frame, from_wire
 from hpc_ds.launch.cores import Slice, slices
 from hpc_ds.launch.guardian import guarded, reap_orphans
-from hpc_ds.launch.meeting import ReservedPort, address_for, machine, own_addresses
 from hpc_ds.launch.pump import Pump
 from hpc_ds.launch.ranks import MERGED, TO_GROUP, RankGroup, RankSpec
+from hpc_ds.launch.reserved_port import ReservedPort
 from hpc_ds.version import __version__
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Agent:
         self._alone = self._terminated = False  # the launcher is dead; ranks were sent SIGTERM
         self._over = False
         self._selector = selectors.DefaultSelector()
-        self._writing = False
+        self._child_ended = self._has_children = self._writing = False
         self._pumped: int | None = None
         self._on: dict[str, Callable[[dict[str, Any], bytes], None]] = {
             "welcome": lambda _head, _body: None,
@@ -138,12 +139,9 @@ class Agent:
 
     def _reserve(self, head: dict[str, Any], _body: bytes) -> None:
         self._port = ReservedPort(head["port"])
-        interface = head["interface"] or next(
-            (self._environ[name] for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if self._environ.get(name)),
-            "",
-        )
-        address = address_for(head["peers"], interface)
-        self._channel.send({"say": "reserved", "port": self._port.number, "address": address, "interface": interface})
+        environ = {**self._environ, **head["env"]}
+        answer = {"port": self._port.number, "address": own_address(head["peers"], environ)}
+        self._channel.send({"say": "reserved", **answer, "interfaces": named_interfaces(environ)})
 
     def _start(self, head: dict[str, Any], body: bytes) -> None:
         common = json.loads(body)
@@ -171,7 +169,7 @@ class Agent:
         env = {os.fsencode(name): os.fsencode(value) for name, value in self._environ.items()}
         env[b"PYTHONUNBUFFERED"] = b"1"
         threads = {} if part is None else {"OMP_NUM_THREADS": str(part.threads)}
-        for name, value in {**threads, **common["env"], **told["env"]}.items():
+        for name, value in {**common["env"], **told["env"], **threads}.items():
             env[from_wire(name)] = from_wire(value)
         spec = RankSpec(
             rank=told["rank"],
@@ -215,31 +213,36 @@ class Agent:
     def _signals(self, numbers: bytes) -> None:
         for number in numbers:
             if number == signal.SIGCHLD:
+                self._child_ended = True
                 continue
-            self._pass_on(signal.Signals(number))
+            # Slurm signals every process of a step; a rank that is leaving because of it must not be hit again.
+            if "SLURM_STEP_ID" not in self._environ:
+                self._pass_on(signal.Signals(number))
             if number in TO_GROUP and not self._ranks.pids:  # nothing was started: there is nobody to wait for
                 self._over = True
                 self._alone = True
 
     def _look(self) -> None:
         """See who has ended, and what is left to do."""
-        for end in self._ranks.ended():
-            self._channel.send({"say": "ended", "rank": end.rank, "exit_code": end.exit_code})
-        children = reap_orphans(set(self._ranks.pids.values()) if self._ranks.living else set())
+        if self._child_ended or self._finish_at is not None:
+            self._child_ended = False
+            for end in self._ranks.ended():
+                self._channel.send({"say": "ended", "rank": end.rank, "exit_code": end.exit_code})
+            self._has_children = reap_orphans(set(self._ranks.pids.values()) if self._ranks.living else set())
         if self._alone and not self._ranks.living:
             self._finish()
         if self._finish_at is not None and not self._over:
-            self._sweep(children=children)
+            self._sweep()
 
     def _finish(self) -> None:
         if self._finish_at is None:
             self._finish_at = time.monotonic() + _PATIENCE_S
             process.send(process.descendants(os.getpid()), signal.SIGTERM, signal.SIGCONT)
 
-    def _sweep(self, *, children: bool) -> None:
+    def _sweep(self) -> None:
         """End what ranks have left; when that is done, and all that they wrote is passed on, say so."""
         late_s = time.monotonic() - (self._finish_at or 0.0)
-        if children and late_s < _LAST_PATIENCE_S:
+        if self._has_children and late_s < _LAST_PATIENCE_S:
             if late_s > 0:
                 process.send(process.descendants(os.getpid()), signal.SIGKILL)
             return
@@ -260,8 +263,8 @@ def hello(environ: Mapping[str, str]) -> dict[str, Any]:
         "say": "hello",
         "token": environ.get(TOKEN, ""),
         "host": process.node_name(),
-        "machine": machine(),
-        "addresses": own_addresses(),
+        "network": network(),
+        "addresses": reachable_addresses(),
         "pid": os.getpid(),
         "rank": None if rank is None else int(rank),
         "node": int(node) if node.isdigit() else None,

@@ -15,12 +15,15 @@ answer is noticed here, so that a launch always ends.
 from __future__ import annotations
 
 import errno
+import os
 import selectors
 import signal
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpc_ds.errors import LaunchError
+from hpc_ds.launch.address import NAMING
 from hpc_ds.launch.console import Console
 from hpc_ds.launch.cores import parse_core_list
 from hpc_ds.launch.failure import in_words
@@ -38,8 +41,11 @@ if TYPE_CHECKING:
     from hpc_ds.launch.reception import Starter
 
 _COLLECT_S = 0.2
+_TWICE_S = 0.5  # programs such as timeout signal a process and then its group: that is one interrupt
+_MEET_S = 60.0
 _SILENCE_S = 2.0  # of an agent whose rank is in the middle of a long line
 _AFTER_GRACE_S = 30.0
+_READ_S = 5.0
 _FINISH_S = 60.0
 _AGAIN_S = 5.0
 _CLOSE_S, _TERM_S, _KILL_S = 10.0, 5.0, 5.0
@@ -72,9 +78,17 @@ def conduct(plan: LaunchPlan, starter: Starter, out: int = 1, err: int = 2) -> i
     Raises:
         LaunchError: ranks could not be started, or a host was lost; nothing of the launch is left.
     """
+    _open_standard_streams()
     if plan.core_list is not None:
         parse_core_list(plan.core_list)
     return _Launch(plan, starter, out, err).run()
+
+
+def _open_standard_streams() -> None:
+    """Give the first three descriptors to nothing where they are closed, as below some daemons, before others take them."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # a new one is always the lowest
+        pass
+    os.close(descriptor)
 
 
 class _Launch:
@@ -92,7 +106,9 @@ class _Launch:
         self._started = self._finishing = self._ending = self._deaf = False
         self._living, self._expected = 0, len(self._posts)
         self._held: list[signal.Signals] = []
-        self._interrupts = 0
+        self._interrupted_at: float | None = None
+        self._heard_at = 0.0
+        self._stuck_at: int | None = None
         self._stopped: int | None = None
         self._closing_since: int | None = None
         self._on: dict[str, Callable[[Post, dict[str, Any], bytes], None]] = {
@@ -106,7 +122,7 @@ class _Launch:
     def run(self) -> int:
         """Carry the plan out; see ``conduct``."""
         try:
-            with self._loop.catching((*FORWARDED, signal.SIGCHLD)):
+            with self._loop.catching(FORWARDED):
                 self._gathering.open()
                 while not self._is_over():
                     for number in self._loop.turn():
@@ -137,14 +153,19 @@ class _Launch:
 
     def _output(self, post: Post, head: dict[str, Any], body: bytes) -> None:
         self._console.write(head["rank"], head["stream"], body)
+        self._loop.paused = not self._console.has_room
+        before, self._loop.only = self._loop.only, None
         if head["goes_on"] and post.channel is not None:
             self._loop.only = post.channel.reader
-            self._loop.later(_SILENCE_S, partial(self._release, post))
-        else:
-            self._loop.only = None
+            self._heard_at = time.monotonic()
+            if before is None:
+                self._loop.later(_SILENCE_S, self._look_at_long_line)
 
-    def _release(self, post: Post) -> None:
-        if post.channel is not None and self._loop.only == post.channel.reader and not self._loop.paused:
+    def _look_at_long_line(self) -> None:
+        """Hear the others again when the agent is silent whose rank is in the middle of a long line."""
+        if self._loop.paused or time.monotonic() - self._heard_at < _SILENCE_S:
+            self._loop.later(_SILENCE_S, self._look_at_long_line)
+        else:
             self._loop.only = None
 
     def _ended(self, post: Post, head: dict[str, Any], _body: bytes) -> None:
@@ -173,24 +194,22 @@ class _Launch:
         if first is None:  # rank 0 is another launcher's
             self._start(self._plan.master_addr or self._plan.hosts[0].name, self._plan.master_port)
             return
-        env = self._plan.env
-        self._tell(
-            first,
-            {
-                "say": "reserve",
-                "port": self._plan.master_port,
-                "peers": self._gathering.peers(),
-                "interface": env.get("NCCL_SOCKET_IFNAME") or env.get("GLOO_SOCKET_IFNAME") or "",
-            },
-        )
+        env = {name: self._plan.env[name] for name in NAMING if name in self._plan.env}
+        peers = self._gathering.peers()
+        self._tell(first, {"say": "reserve", "port": self._plan.master_port, "peers": peers, "env": env})
+        self._loop.later(_MEET_S, self._has_met)
+
+    def _has_met(self) -> None:
+        if not self._started and not self._ending:
+            self.fail(f"{self._posts[0].name}: its agent does not answer; look at that host")
 
     def _reserved(self, post: Post, head: dict[str, Any], _body: bytes) -> None:
         address = self._plan.master_addr
         if address is None:
             address = head["address"] if self._gathering.peers() else "127.0.0.1"
         if address is None:
-            interface = f" at interface {head['interface']!r}" if head["interface"] else ""
-            self.fail(f"{post.name}: no address{interface} that the other hosts reach; give one as --master_addr")
+            named = f" at interface {head['interfaces']!r}" if head["interfaces"] else ""
+            self.fail(f"{post.name}: no address{named} that the other hosts reach; give one as --master_addr")
             return
         self._start(address, head["port"])
 
@@ -242,13 +261,19 @@ class _Launch:
                 self._tell(post, {"say": "signal", "number": int(number)})
             else:
                 self._over(post)
+        self._drop_what_nobody_reads(time.monotonic() + self._plan.grace_s)
         self._loop.later(self._plan.grace_s + _AFTER_GRACE_S, self._give_up)
+
+    def _drop_what_nobody_reads(self, after: float) -> None:
+        stuck_at = self._console.written if self._console.queued else None
+        if stuck_at is not None and stuck_at == self._stuck_at and time.monotonic() > after:
+            self._console.drop()
+        self._stuck_at = stuck_at
+        self._loop.later(_READ_S, partial(self._drop_what_nobody_reads, after))
 
     def _give_up(self) -> None:
         """Wait no longer for agents that should have answered; but that nobody reads the output is not their fault."""
         if self._loop.paused:
-            if self._ending:
-                self._console.drop()
             self._loop.later(_AGAIN_S, self._give_up)
             return
         for post in self._posts:
@@ -276,11 +301,12 @@ class _Launch:
             if self._started:
                 self._tell_all({"say": "signal", "number": int(number)})
         else:
-            self._interrupts += number == signal.SIGINT
             self._told_to_end(number)
 
     def _told_to_end(self, number: signal.Signals) -> None:
-        if self._interrupts > 1:
+        if number == signal.SIGINT and self._interrupted_at is None:
+            self._interrupted_at = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - (self._interrupted_at or 0.0) > _TWICE_S:
             self._tell_all({"say": "kill"})
             self._console.drop()
         if not self._started:
@@ -315,7 +341,8 @@ class _Launch:
             return False
         if self._closing_since is None:
             self._closing_since = 0
-            self._loop.later(_CLOSE_S if self._started else 0.0, partial(self._stop_programs, 0))
+            self._gathering.stop(signal.SIGTERM, incomplete=True)
+            self._loop.later(_CLOSE_S, partial(self._stop_programs, 0))
         if not self._gathering.all_ended():
             return False
         if self._closing_since == 0:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MUCH = 1 << 22
+_AT_ONCE = 1 << 14  # a slow reader is to be told from one that does not read
 # After the end of a line, where more follows; "\r\n" is one end.
 _LINE_BEGINS = re.compile(rb"(?<=\n)(?=.)|(?<=\r)(?=[^\n])", re.DOTALL)
 
@@ -22,6 +23,7 @@ class Console:
 
     Attributes:
         queued: bytes that are not written yet.
+        written: bytes that are.
         broken: what went wrong when a stream was written to; None: nothing.
     """
 
@@ -39,7 +41,7 @@ class Console:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._dropped = False
-        self.queued = 0
+        self.queued = self.written = 0
         self.broken: OSError | None = None
 
     @property
@@ -108,7 +110,9 @@ class Console:
         left = memoryview(data)
         while left and not (self.broken or self._dropped):
             try:
-                left = left[os.write(stream, left) :]
+                count = os.write(stream, left[:_AT_ONCE])
+                self.written += count
+                left = left[count:]
             except BlockingIOError:
                 _wait_for(stream)
             except OSError as error:

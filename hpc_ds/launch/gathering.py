@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hpc_ds.launch.program import Program
     from hpc_ds.launch.reception import Starter
 
+_ASKED = 8  # hosts that rank 0's looks for a way to
 _AT_ONCE = 64  # programs whose agents have not come
 _SOON_S, _LOOK_S = 0.02, 1.0
 _LAST_WORDS_S = 1.0  # what a program has left behind may hold the pipe of its words open
@@ -168,8 +169,8 @@ class Gathering:
                 f"agent on {said['host']!r}: says that it is {who}, which {problem}; see how it is started"
             )
             return None
-        machine = self._machines.setdefault(post.host.node_rank, said["machine"])
-        if machine != said["machine"]:
+        machine = self._machines.setdefault(post.host.node_rank, said["network"])
+        if machine != said["network"]:
             self._launch.fail(
                 f"{post.name}: it is on {said['host']!r}, but other ranks of that host are on another machine; "
                 "see how the launcher places ranks"
@@ -179,12 +180,12 @@ class Gathering:
 
     def peers(self) -> list[str]:
         """Names and addresses of the hosts that rank 0's must be reached from; none where all is on one machine."""
-        others = [host.name for host in self._plan.hosts if host.first_rank > 0]
+        others = [host.name for host in self._plan.hosts if host.first_rank > 0][:_ASKED]
         if self._plan.only_node is not None:
             return others
         here = self._machines.get(self._plan.hosts[0].node_rank)
-        apart = [post for post in self.posts if post.hello.get("machine") != here]
-        return [*others, *(address for post in apart[:8] for address in post.hello["addresses"])] if apart else []
+        apart = [post for post in self.posts if post.hello.get("network") != here]
+        return [*others, *(address for post in apart[:_ASKED] for address in post.hello["addresses"])] if apart else []
 
     def abandon(self) -> None:
         """Wait for no more agents."""
@@ -271,10 +272,11 @@ class Gathering:
         """Whether all programs have ended and said their last words."""
         return all(program.seen for program in self._programs)
 
-    def stop(self, number: signal.Signals) -> None:
-        """Send all programs a signal."""
+    def stop(self, number: signal.Signals, *, incomplete: bool = False) -> None:
+        """Send all programs a signal, or those that have not brought all of their agents."""
         for program in self._programs:
-            program.stop(number)
+            if program.missing or not incomplete:
+                program.stop(number)
 
     def close(self, *, kill: bool) -> None:
         """Leave nothing of the gathering behind."""

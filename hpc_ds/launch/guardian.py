@@ -69,6 +69,7 @@ def _wait(child: int) -> int:
         info = signal.sigwaitinfo((*_PASSED_ON, signal.SIGCHLD))
         if info.si_signo != signal.SIGCHLD:
             os.kill(child, info.si_signo)
+            os.kill(child, signal.SIGCONT)
             continue
         reap_orphans({child})
         ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG)

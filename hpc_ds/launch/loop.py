@@ -75,15 +75,20 @@ class Loop:
 
     @contextlib.contextmanager
     def catching(self, numbers: Iterable[signal.Signals]) -> Iterator[None]:
-        """Let signals be returned by ``turn``; those that are ignored, as below nohup, stay so."""
-        caught = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        """Let signals, and SIGCHLD, be returned by ``turn``.
+
+        SIGHUP stays ignored where it is, below nohup; but shells ignore SIGINT for what they start in the background.
+        """
+        caught = {*numbers, signal.SIGCHLD}
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            caught.discard(signal.SIGHUP)
         wakeup = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         before = {number: signal.signal(number, lambda _number, _frame: None) for number in caught}
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
             signal.set_wakeup_fd(wakeup)
 
     def turn(self) -> list[signal.Signals]:

@@ -162,4 +162,6 @@ class Program:
         code = self._process.returncode
         ended = "still runs" if code is None else in_words(128 - code if code < 0 else code)
         lines = [line.strip() for line in self.spoken.decode(errors="replace").splitlines() if line.strip()]
+        telling = [line for line in lines if self.alarm is not None and self.alarm.search(line)]
+        lines = list(dict.fromkeys(telling)) or lines  # what an MPI says around them is long, and says less
         return f"{self.what}: {ended}: {' / '.join(lines[-_LAST_LINES:]) or 'it said nothing'}"

@@ -12,8 +12,7 @@ import os
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hpc_ds.cluster import process
 
@@ -30,8 +29,7 @@ MERGED: int = subprocess.STDOUT
 """In place of a rank's standard error: where its standard output goes."""
 
 
-@dataclass(frozen=True, slots=True)
-class RankSpec:
+class RankSpec(NamedTuple):
     """How one rank is started.
 
     Attributes:
@@ -47,8 +45,7 @@ class RankSpec:
     cores: frozenset[int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RankEnd:
+class RankEnd(NamedTuple):
     """How a rank ended: 128 + n is signal n."""
 
     rank: int

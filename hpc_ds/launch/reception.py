@@ -10,8 +10,8 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hpc_ds.errors import LaunchError
+from hpc_ds.launch.address import reachable_addresses
 from hpc_ds.launch.channel import LAUNCHER, TOKEN, Channel
-from hpc_ds.launch.meeting import own_addresses
 from hpc_ds.version import __version__
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Reception:
     @property
     def addresses(self) -> list[str]:
         """The addresses of this machine that agents may try."""
-        return own_addresses()
+        return reachable_addresses()
 
     @property
     def variables(self) -> dict[str, str]:

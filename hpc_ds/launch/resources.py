@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from hpc_ds.errors import ConfigError, HostfileError
 from hpc_ds.launch.devices import other_variables, visible_devices
@@ -101,30 +101,15 @@ def choose(wish: Wish, environ: Mapping[str, str], standing_hostfile: str = STAN
 
 
 def is_this_machine(name: str) -> bool:
-    """Whether a host is the machine this runs on: by its names, or because an address of it can be bound here."""
+    """Whether a host is the machine this runs on: by its names, or because an address of it is one of ours."""
     node = os.uname().nodename
     if name in {THIS_MACHINE, "127.0.0.1", "::1", node, node.partition(".")[0]}:
         return True
     if "@" in name:  # somebody else, if only by name
         return False
-    import socket
+    from hpc_ds.launch.address import is_own
 
-    try:
-        found = socket.getaddrinfo(name, 0, type=socket.SOCK_DGRAM)
-    except (OSError, UnicodeError):
-        return False
-    return bool(found) and all(_is_ours(family, address) for family, _, _, _, address in found)
-
-
-def _is_ours(family: int, address: tuple[Any, ...]) -> bool:
-    import socket
-
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind(address)
-        except OSError:
-            return False
-    return True
+    return is_own(name)
 
 
 def _refuse_contradictions(wish: Wish) -> None:

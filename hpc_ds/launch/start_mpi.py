@@ -32,7 +32,7 @@ from hpc_ds.launch.memory_file import memory_file
 from hpc_ds.launch.program import Program, agent_command
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from hpc_ds.launch.plan import LaunchPlan
     from hpc_ds.launch.reception import Reception
@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 # Which devices this machine shows is no other host's business.
 _OF_THIS_HOST = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _SYSTEM_FOLDERS = {Path("/usr/bin"), Path("/bin")}
-# What ssh says below hydra, which then waits for a proxy that does not come.
-_NO_PROXY = re.compile(r"^ssh: |Permission denied|Host key verification failed|Too many authentication|^\[\w+.*error")
+# What ssh says below mpirun; hydra then waits for ever. Not Open MPI's "setpgid ... errno=Permission denied(13)", which is
+# only a warning.
+_REFUSED = re.compile(r"^ssh: |: Permission denied [(]|Host key verification failed|Too many authentication")
 
 
 class Family(NamedTuple):
@@ -82,6 +83,7 @@ class OpenMpiStarter:
         with memory_file(lines) as hosts:
             command = open_mpi_command(plan, name, f"/dev/fd/{hosts}")
             program = Program(command, name, env=_environment(plan, reception), pass_fds=[hosts])
+        program.alarm = _REFUSED
         program.cure = "see whether mpirun --map-by seq works for these hosts, one line a rank, without a question"
         yield program
 
@@ -114,7 +116,7 @@ class MpichStarter:
             command = hydra_command(plan, name, f"/dev/fd/{hosts}", self.options(plan))
             environ = {**_environment(plan, reception), **self.variables(plan)}
             program = Program(command, Path(name).name, env=environ, pass_fds=[hosts])
-        program.alarm = _NO_PROXY
+        program.alarm = _REFUSED
         program.cure = "see whether ssh works from here to these hosts without a question"
         yield program
 
@@ -192,12 +194,14 @@ def _carried(plan: LaunchPlan) -> list[str]:
     return [LAUNCHER, TOKEN, *(["LD_LIBRARY_PATH"] if "LD_LIBRARY_PATH" in plan.env else [])]
 
 
-def _environment(plan: LaunchPlan, reception: Reception) -> Mapping[str, str]:
+def _environment(plan: LaunchPlan, reception: Reception) -> dict[str, str]:
     """The environment of MPI's launcher itself, which ranks on this host inherit."""
-    environ = {name: value for name, value in os.environ.items() if name not in _OF_THIS_HOST}
+    carried = dict(reception.variables)
     if "LD_LIBRARY_PATH" in plan.env:
-        environ["LD_LIBRARY_PATH"] = plan.env["LD_LIBRARY_PATH"]
-    return {**environ, **reception.variables}
+        carried["LD_LIBRARY_PATH"] = plan.env["LD_LIBRARY_PATH"]
+    others = {name: value for name, value in os.environ.items() if name not in {*_OF_THIS_HOST, *carried}}
+    # In this order: with -genvlist, hydra (4.0) loses what comes last of its whole environment.
+    return {**carried, **others}
 
 
 def _plain(name: str, *also: str) -> str:

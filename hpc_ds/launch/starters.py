@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shlex
 import socket
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hpc_ds.errors import LaunchError
 from hpc_ds.launch.channel import NODE
+from hpc_ds.launch.memory_file import memory_file
 from hpc_ds.launch.program import Program, agent_command
 
 if TYPE_CHECKING:
@@ -90,10 +92,14 @@ class PdshStarter:
         variables = " ".join(f"{name}={value}" for name, value in reception.variables.items())
         # pdsh puts the place of the host in its list for %n, and one % for two.
         remote = f"exec env {variables} {NODE}=%n {shlex.join(agent_command()).replace('%', '%%')}"
-        hosts = ",".join(host.name for host in plan.hosts)
-        command = ["pdsh", "-N", "-S", "-f", "1024", "-R", "ssh", "-w", hosts, *plan.launcher_args, remote]
-        program = Program(command, "pdsh")
-        program.alarm = re.compile(r"^pdsh@|^ssh: |Permission denied|not found|No such file")
+        options = ["-N", "-S", "-f", "1024", "-R", "ssh", *plan.launcher_args]
+        port = "" if plan.ssh_port is None else f" -p {plan.ssh_port}"
+        own = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
+        environ = {**os.environ, "PDSH_SSH_ARGS_APPEND": f"{own} -o BatchMode=yes{port}".strip()}
+        with memory_file("".join(f"{host.name}\n" for host in plan.hosts)) as hosts:
+            command = ["pdsh", *options, "-w", f"^/dev/fd/{hosts}", remote]
+            program = Program(command, "pdsh", env=environ, pass_fds=[hosts])
+        program.alarm = re.compile(r"^(?:pdsh@|ssh: |env: )|: Permission denied [(]|Host key verification failed")
         program.cure = "see whether pdsh -R ssh works for these hosts without a question"
         yield program
 

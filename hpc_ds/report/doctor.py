@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from hpc_ds.runtime.verdict import failed, nodes_of, rates
+from hpc_ds.runtime.compare import rates
+from hpc_ds.runtime.verdict import failed, nodes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,7 +35,8 @@ def summary_of(records: Sequence[Record], findings: Sequence[Finding], nodes: Se
     lines = []
     for node in dict.fromkeys([*nodes, *by_node]):
         link = found["link"].get(node)
-        lines.append({"node": node, "level": worst.get(node, "ok"), **_node(by_node.get(node, [])), "link_gb_s": link})
+        level = worst.get(node, "ok" if node in by_node else "unknown")
+        lines.append({"node": node, "level": level, **_node(by_node.get(node, [])), "link_gb_s": link})
     return lines
 
 

@@ -5,7 +5,8 @@
 - *allocated*: from an attempt's begin to its end, summed over attempts, as the ledger has it.
 - Each second of it is one of
   - *start_up*: from the attempt's begin to the end of its first step, less what a step takes (the median); all of an
-    attempt without a step.
+    attempt without a step; less its preflight.
+  - *preflight*: in looking at the nodes before the ranks started.
   - *training*: in steps that counted, saves left out.
   - *lost*: in steps that did not: those beyond what the next attempt with steps went on from; after the last attempt,
     unless it finished or goes on, those beyond the newest checkpoint.
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from hpc_ds.run_dir import RunDir
     from hpc_ds.supervise.ledger import Attempt
 
-IN_ALLOCATION = ("training", "start_up", "saving", "lost", "other")
+IN_ALLOCATION = ("training", "preflight", "start_up", "saving", "lost", "other")
 OUTSIDE = ("queueing", "stopped")
 _HOUR_S = 3600.0
 
@@ -51,6 +52,7 @@ class Split:
     """Seconds of one attempt, or of all."""
 
     training: float = 0.0
+    preflight: float = 0.0
     start_up: float = 0.0
     saving: float = 0.0
     lost: float = 0.0
@@ -61,7 +63,7 @@ class Split:
     @property
     def allocated(self) -> float:
         """Seconds that the run was given."""
-        return self.training + self.start_up + self.saving + self.lost + self.other
+        return self.training + self.preflight + self.start_up + self.saving + self.lost + self.other
 
     def as_data(self) -> dict[str, float]:
         """Rounded, with the sum."""
@@ -146,7 +148,7 @@ def goodput_of(run: RunDir, status: Status | None = None, now: float | None = No
     ends = [_end(attempt, one, now, over=status.over) for attempt, one in zip(attempts, steps, strict=True)]
     limits = kept_until(attempts, steps, over=status.over)
     splits = [
-        split(attempt.opened, end, one, limit)
+        split(attempt.opened, end, one, limit, attempt.preflight_s or 0.0)
         for attempt, end, one, limit in zip(attempts, ends, steps, limits, strict=True)
     ]
     _between(run, attempts, ends, splits)
@@ -195,12 +197,14 @@ def kept_until(attempts: Sequence[Attempt], steps: Sequence[Steps], *, over: boo
     return limits[::-1]
 
 
-def split(opened: float, end: float, steps: Steps, limit: int | None) -> Split:
+def split(opened: float, end: float, steps: Steps, limit: int | None, preflight_s: float = 0.0) -> Split:
     """Where the seconds of one attempt went."""
+    until = end if steps.first_at is None else steps.first_at
+    preflight_s = min(preflight_s, max(until - opened, 0.0))
     if steps.first_at is None:
-        return Split(start_up=max(end - opened, 0.0))
+        return Split(preflight=preflight_s, start_up=max(end - opened - preflight_s, 0.0))
     first_s = min(steps.seconds[0], median(steps.seconds[1:] or steps.seconds))
-    found = Split(start_up=max(steps.first_at - opened - first_s, 0.0))
+    found = Split(preflight=preflight_s, start_up=max(steps.first_at - opened - first_s - preflight_s, 0.0))
     before = None
     for place, (number, took) in enumerate(zip(steps.numbers, steps.seconds, strict=True)):
         seconds = took if place else first_s

@@ -34,8 +34,9 @@ from hpc_ds.cluster.process import node_name
 from hpc_ds.errors import HpcdsError, RankError
 from hpc_ds.run_dir import write_json
 from hpc_ds.runtime import node_facts
+from hpc_ds.runtime.compare import rates, slower
 from hpc_ds.runtime.rank import Rank, rank_from_environment
-from hpc_ds.runtime.verdict import MARK, rates, slower
+from hpc_ds.runtime.verdict import MARK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -136,9 +137,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _give_up(record: Record) -> None:
-    record.data["stuck"] = True
-    record.tell()
-    os._exit(1)
+    try:
+        record.data["stuck"] = True
+        record.tell()
+    finally:  # whatever the main thread does with the record meanwhile
+        os._exit(1)
 
 
 def _told_to_stop() -> bool:
@@ -197,6 +200,7 @@ def _measure(record: Record) -> None:
 
     record.enter("measuring")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    record.data["device"] = device.type
     try:
         nodes = measure.ranks_by_node(measure.meet(record.data["node"]))
         record.data["clock"] = measure.clock(nodes)

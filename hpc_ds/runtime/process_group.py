@@ -1,15 +1,7 @@
 """``init_distributed``: from whatever started this process to an initialised process group.
 
-How the ranks find rank 0, in this order:
-
-| what is there                  | how                                                                             |
-|--------------------------------|---------------------------------------------------------------------------------|
-| MASTER_ADDR and MASTER_PORT    | torch's own ``env://``                                                          |
-| one process                    | no address is needed                                                            |
-| Open MPI, or PMI without Slurm | rank 0 listens on a free port and MPI broadcasts its address                    |
-| a Slurm step, or a run folder  | rank 0 listens on a free port and publishes its address in a file they all see  |
-
-A free port bound by rank 0 itself cannot collide with another run, and a restart never meets the old one.
+Three steps: who am I (``rank.py``), where do we meet (``rendezvous.py``), has everybody come (``meeting.py``). Only then is
+the group made, over the store of the meeting; docs/distributed.md has the tables.
 """
 
 from __future__ import annotations
@@ -18,33 +10,39 @@ import atexit
 import contextlib
 import logging
 import os
-import socket
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined] # torch's stubs leave them out
+from torch.distributed import HashStore  # type: ignore[attr-defined] # torch's stubs leave it out
 
 from hpc_ds.errors import RankError
-from hpc_ds.launch.node_list import expand
-from hpc_ds.run_dir import read_object, write_atomic
 from hpc_ds.runtime import mpi, preemption
-from hpc_ds.runtime.rank import Rank, in_slurm_step, rank_from_environment
+from hpc_ds.runtime import rank as who
+from hpc_ds.runtime.meeting import meet
+from hpc_ds.runtime.rank import Rank
+from hpc_ds.runtime.rendezvous import Deadline, at_master, find_place
 from hpc_ds.runtime.show_log import show_log
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 log = logging.getLogger("hpc_ds")
 
 _DEFAULT_TIMEOUT = timedelta(minutes=10)
 _GOODBYE = timedelta(seconds=30)
 _IDLE_WITHIN_S = 2.0
-_PORTS_TRIED = 50
+_FOUND_BY = {
+    "env": "RANK, WORLD_SIZE and LOCAL_RANK",
+    "slurm": "the variables of a Slurm step",
+    "openmpi": "the variables of Open MPI",
+    "pmi": "the variables of PMI",
+    "mvapich2": "the variables of MVAPICH2",
+    "mpi4py": "MPI itself (mpi4py)",
+    "arguments": "the arguments of init_distributed",
+    "single": "nothing that names others: one process alone",
+}
 
 
 def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
@@ -63,45 +61,124 @@ def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
 
     One already initialised is used as it is. Sets RANK, LOCAL_RANK and WORLD_SIZE for code that reads them, and the
     current CUDA device; of a script that made the process group itself only where it has left that at the first one.
+    Sets GLOO_SOCKET_IFNAME where the ranks are on several hosts and it is not set.
 
     Args:
-        dist_backend: default: nccl where there is CUDA, else gloo.
+        dist_backend: default: nccl where there is CUDA, else gloo. Never mpi.
         auto_mpi_discovery: whether MPI may be asked.
-        distributed_port: where rank 0 listens; default: any free port.
+        distributed_port: where rank 0 listens, if MASTER_PORT is not set; default: any free port.
         verbose: whether rank 0 logs one line on how the ranks were found.
         timeout: of collectives, and for the ranks to find each other.
-        init_method: given to torch as it is, with ``rank`` and ``world_size``.
+        init_method: ``tcp://host:port`` in place of MASTER_ADDR and MASTER_PORT; ``file://`` is left to torch.
         dist_init_required: False demands that it is initialised already.
         config: ignored; in DeepSpeed's signature.
-        rank: with ``world_size`` and ``init_method``, instead of the environment.
+        rank: with ``world_size``, instead of the environment.
         world_size: see ``rank``.
 
     Raises:
-        RankError: the environment does not say which rank this is, or the ranks did not find each other.
+        RankError: the environment does not say which rank this is, the ranks did not find each other, or they do not
+            fit together.
     """
     preemption.listen()
     if dist.is_initialized():
         return _take_as_it_is()
     if dist_init_required is False:
-        raise RankError("init_distributed: dist_init_required is False, but no process group is initialised")
-    backend = dist_backend or ("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    if init_method is not None and rank >= 0 and world_size > 0:
-        me = Rank(rank, int(os.environ.get("LOCAL_RANK", rank)), world_size, None, "arguments")
-        preemption.attend(rank, world_size)
-        dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
-    else:
-        found = rank_from_environment(os.environ) or Rank(0, 0, 1, 1, "single")
-        preemption.attend(found.rank, found.world_size)  # a rank that waits for the others gives signs of life too
-        me = _join(found, backend, timeout, distributed_port or 0, auto_mpi_discovery)
+        raise RankError(
+            "init_distributed: dist_init_required is False, but no process group is initialised; call "
+            "torch.distributed.init_process_group first, or leave it at None"
+        )
+    backend = _backend(dist_backend)
+    deadline = Deadline(timeout)
+    me = _who_am_i(rank, world_size, auto_mpi_discovery)
+    preemption.attend(me.rank, me.world_size)  # a rank that waits for the others gives signs of life too
+    me = _join(me, backend, deadline, init_method, distributed_port or 0, auto_mpi_discovery)
     os.environ.update(RANK=str(me.rank), LOCAL_RANK=str(me.local_rank), WORLD_SIZE=str(me.world_size))
-    if torch.cuda.is_available():
-        # A launcher that gives each rank one device shows it as number 0.
-        torch.cuda.set_device(me.local_rank if torch.cuda.device_count() > 1 else 0)
+    _choose_device(me)
     atexit.register(_leave_together)
     if verbose and me.rank == 0:
         show_log(me.rank)
-        log.info("process group: %d ranks over %s, found by %s", me.world_size, backend, me.source)
+        ranks = f"{me.world_size} rank{'s' if me.world_size > 1 else ''}"
+        log.info("process group: %s over %s, found by %s", ranks, backend, _FOUND_BY[me.source])
     return me
+
+
+def _backend(asked: str | None) -> str:
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked is None:
+        return "cpu:gloo,cuda:nccl" if devices else "gloo"
+    names = {part.rpartition(":")[2] for part in asked.lower().split(",")}
+    if "mpi" in names:
+        raise RankError(
+            f"dist_backend {asked!r}: torch has it only if it was built against your MPI; leave it out (nccl or gloo carry "
+            "the tensors, and MPI introduces the ranks)"
+        )
+    if "nccl" in names and not devices:
+        raise RankError(
+            f"dist_backend {asked!r}: this process sees no CUDA device; look at CUDA_VISIBLE_DEVICES and nvidia-smi, or use "
+            "'gloo'"
+        )
+    return asked
+
+
+def _who_am_i(rank: int, world_size: int, ask_mpi: bool) -> Rank:
+    """From the arguments, else the environment, else MPI; collective over MPI's processes if that is asked."""
+    if rank >= 0 and world_size > 0:
+        if rank >= world_size:
+            raise RankError(f"init_distributed: rank {rank} of a world of {world_size}; ranks count from 0")
+        local_rank = who.local_rank_from_environment(os.environ)
+        return Rank(rank, local_rank or 0, world_size, None, "arguments", local_rank is not None)
+    me = who.rank_from_environment(os.environ)
+    if me is None:
+        me = _ask_mpi(who.mpi_sign(os.environ), ask_mpi)
+    elif not me.placed and ask_mpi and torch.cuda.is_available():
+        me = mpi.who_am_i(me)
+    who.refuse_alone(me, os.environ)
+    return me
+
+
+def _ask_mpi(sign: str, allowed: bool) -> Rank:
+    if not sign:
+        return Rank(0, 0, 1, 1, "single")
+    if not allowed:
+        raise RankError(
+            f"{sign} {os.environ[sign]!r}: this is a process of MPI's, which may not be asked (auto_mpi_discovery=False); "
+            "set RANK, WORLD_SIZE and LOCAL_RANK, or allow it"
+        )
+    return mpi.who_am_i(None)
+
+
+def _join(me: Rank, backend: str, deadline: Deadline, init_method: str | None, port: int, ask_mpi: bool) -> Rank:
+    timeout = timedelta(seconds=deadline.timeout_s)
+    method = urlsplit(init_method or "env://")
+    if method.scheme not in {"env", "tcp"}:
+        dist.init_process_group(
+            backend, init_method=init_method, rank=me.rank, world_size=me.world_size, timeout=timeout
+        )
+        return me
+    if me.world_size == 1:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        return me
+    if method.scheme == "tcp":
+        place = at_master(me, method.hostname or "", str(method.netloc.rpartition(":")[2]), deadline)
+    else:
+        place = find_place(me, port, deadline, ask_mpi)
+    devices = torch.cuda.device_count() if "nccl" in backend else 0
+    me, store, interface = meet(me, place, deadline, devices)
+    if interface:
+        # gloo takes the host's own name otherwise, which on Debian resolves to 127.0.1.1.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.world_size, timeout=timeout)
+    return me
+
+
+def _choose_device(me: Rank) -> None:
+    """A launcher that gives each rank one device shows it as number 0."""
+    if not torch.cuda.is_available():
+        return
+    devices = torch.cuda.device_count()
+    if devices == 1 or me.local_rank < devices:  # else: ranks over gloo, more than devices
+        torch.cuda.set_device(me.local_rank if devices > 1 else 0)
 
 
 def _take_as_it_is() -> Rank:
@@ -114,8 +191,8 @@ def _take_as_it_is() -> Rank:
 
 def current_rank() -> Rank:
     """This process in the initialised process group."""
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-    return Rank(dist.get_rank(), local_rank, dist.get_world_size(), None, "initialised")
+    local_rank = who.local_rank_from_environment(os.environ)
+    return Rank(dist.get_rank(), local_rank or 0, dist.get_world_size(), None, "initialised", local_rank is not None)
 
 
 def _leave_together() -> None:
@@ -153,151 +230,3 @@ def _threads() -> list[str]:
         with contextlib.suppress(OSError):  # it ended meanwhile
             lines.append(path.read_text(encoding="utf-8", errors="replace"))
     return lines
-
-
-def _join(me: Rank, backend: str, timeout: timedelta, port: int, ask_mpi: bool) -> Rank:
-    address, master_port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if bool(address) != bool(master_port):
-        seen = {"MASTER_ADDR": str(address), "MASTER_PORT": str(master_port)}
-        raise RankError(
-            f"MASTER_ADDR {address!r}, MASTER_PORT {master_port!r}: only one is set; set both or none", seen
-        )
-    if address and master_port:
-        dist.init_process_group(backend, init_method="env://", rank=me.rank, world_size=me.world_size, timeout=timeout)
-        return me
-    if me.world_size == 1:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-        return me
-    listening: list[TCPStore] = []
-
-    def publish() -> str:
-        listening.append(_listen(me.world_size, timeout, port))
-        return f"{_own_address(os.environ)}:{listening[0].port}"
-
-    if me.source in {"openmpi", "pmi"} and ask_mpi:
-        me, published = mpi.introduce(me, publish)
-    else:
-        published = _through_file(me, publish, timeout)
-    if listening:
-        store = listening[0]
-    else:
-        host, _, port_text = published.rpartition(":")
-        store = _connect(host, int(port_text), me.world_size, timeout)
-    dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.world_size, timeout=timeout)
-    return me
-
-
-def _listen(world_size: int, timeout: timedelta, port: int) -> TCPStore:
-    *ports, last = [port] if port else allowed_ports(os.environ)
-    for candidate in ports:
-        with contextlib.suppress(RuntimeError):  # somebody else listens there
-            return _store(candidate, world_size, timeout)
-    try:
-        return _store(last, world_size, timeout)
-    except RuntimeError as error:
-        raise RankError(f"port {last}: rank 0 cannot listen there: {_first_line(error)}; choose another") from error
-
-
-def _store(port: int, world_size: int, timeout: timedelta) -> TCPStore:
-    return TCPStore("localhost", port, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
-
-
-def allowed_ports(environ: Mapping[str, str]) -> list[int]:
-    """Where rank 0 may listen, in the order to try: in the site's ``port_range``, else 0, which is any free port.
-
-    Attempts begin at different places in a range: a port of the last one may still be held by the system.
-    """
-    site = read_object(Path(environ["HPCDS_RUN_DIR"]) / "site.json") if "HPCDS_RUN_DIR" in environ else {}
-    given = site.get("port_range")
-    if not (isinstance(given, list) and len(given) == 2):
-        return [0]
-    first, count = given[0], given[1] - given[0] + 1
-    attempt = environ.get("HPCDS_ATTEMPT", "")
-    begin = (int(attempt) if attempt.isdigit() else 0) * _PORTS_TRIED
-    return [first + (begin + index) % count for index in range(min(count, _PORTS_TRIED))]
-
-
-def _connect(host: str, port: int, world_size: int, timeout: timedelta) -> TCPStore:
-    try:
-        return TCPStore(host, port, world_size, is_master=False, timeout=timeout, wait_for_workers=False)
-    except RuntimeError as error:
-        raise RankError(
-            f"rank 0 at {host}:{port}: cannot be reached: {_first_line(error)}; is that address on the ranks' network?"
-        ) from error
-
-
-def _through_file(me: Rank, publish: Callable[[], str], timeout: timedelta) -> str:
-    """What rank 0 published, through a file that all ranks see."""
-    path = rendezvous_file(os.environ, me)
-    if me.rank == 0:
-        published = publish()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, published)
-        return published
-    deadline = time.monotonic() + timeout.total_seconds()
-    while True:
-        try:
-            return path.read_text(encoding="utf-8")
-        except OSError:
-            if time.monotonic() > deadline:
-                raise RankError(
-                    f"rendezvous file {str(path)!r}: rank 0 did not write it in {timeout.total_seconds():g} s; is that "
-                    "folder shared between the nodes, and did rank 0 start?"
-                ) from None
-            time.sleep(0.02)
-
-
-def rendezvous_file(environ: Mapping[str, str], me: Rank) -> Path:
-    """Where rank 0 of this very start publishes its address.
-
-    In the run folder, else in the user's home, which clusters share between nodes; named so that no other run, step
-    or restart has the same.
-
-    Raises:
-        RankError: nothing names this start apart from others.
-    """
-    step = ".".join(environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID"))
-    if "HPCDS_RUN_DIR" in environ:
-        name = f"attempt-{environ.get('HPCDS_ATTEMPT', '0')}-{step}"
-        return Path(environ["HPCDS_RUN_DIR"]) / "rendezvous" / name
-    if in_slurm_step(environ):
-        cluster = environ.get("SLURM_CLUSTER_NAME", "cluster")
-        return Path.home() / ".cache" / "hpcds" / "rendezvous" / f"{cluster}-{step}"
-    raise RankError(
-        f"rank {me.rank} of {me.world_size}: MASTER_ADDR and MASTER_PORT are not set, and there is neither a run folder nor "
-        "a Slurm step to meet in; set them, or start with hpcds, srun, torchrun or mpirun"
-    )
-
-
-def _own_address(environ: Mapping[str, str]) -> str:
-    """An address of this host that the other nodes reach: the source address of the route to one of them.
-
-    The host's own name is no help by itself: on Debian it resolves to 127.0.1.1.
-    """
-    for node in _other_nodes(environ):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect((node, 9))  # sends nothing: it asks for the route only
-            except OSError:
-                continue
-            return str(probe.getsockname()[0])
-    if environ.get("SLURM_STEP_NUM_NODES", "1") == "1" and "OMPI_COMM_WORLD_SIZE" not in environ:
-        return "127.0.0.1"
-    return _resolvable(socket.gethostname())
-
-
-def _other_nodes(environ: Mapping[str, str]) -> list[str]:
-    if int(environ.get("SLURM_STEP_NUM_NODES", "1") or 1) < 2:
-        return []
-    return expand(environ.get("SLURM_STEP_NODELIST", ""))[-1:]
-
-
-def _resolvable(name: str) -> str:
-    try:
-        return str(socket.getaddrinfo(name, None, socket.AF_INET)[0][4][0])
-    except OSError:
-        return name
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_ds.errors import NodeListError
 from hpc_ds.launch.node_list import fold
+from hpc_ds.runtime.compare import SLOW, rates, slower
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ _SKEW_WARN_S, _SKEW_FAIL_S = 1.0, 5.0
 _USED_GPU_WARN, _USED_GPU_FAIL = 0.9, 0.5  # of its memory is free
 _LITTLE_LOCKED_MIB = 64
 _FILES_FOR_OTHERS = 512
-SLOW, MUCH_SLOWER, OF_TWO = 0.7, 0.5, 0.5
+_MUCH_SLOWER = 0.5
 _BELOW_EXPECTED = 0.8
 _MUST_AGREE = ("hpc_ds", "torch", "cuda", "hip", "nccl")
 _SHOULD_AGREE = ("python", "driver", "kernel", "mpi4py")
@@ -214,16 +215,19 @@ def _folder(told: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _gpus(ranks: Sequence[Record], asked: Asked) -> Iterator[Finding]:
     looked = [record for record in ranks if "gpus" in record]
-    seen = {gpu["id"]: gpu for record in looked for gpu in record["gpus"]}
+    seen: dict[str, Any] = {}
+    for gpu in (gpu for record in looked for gpu in record["gpus"]):
+        seen.setdefault(gpu["id"], {}).update({name: value for name, value in gpu.items() if value not in (0, [])})
     if looked and asked.gpus_per_node and len(seen) < asked.gpus_per_node:
         words = f"its ranks see {len(seen)} GPUs, {asked.gpus_per_node} were asked for"
         yield Finding("", "gpu", "fail", words, len(seen), asked.gpus_per_node)
     for gpu in seen.values():
+        index = gpu.get("index", 0)
         if gpu.get("uncorrected_errors"):
-            words = f"GPU {gpu['index']} ({gpu['id']}) has {gpu['uncorrected_errors']} uncorrected memory errors"
+            words = f"GPU {index} ({gpu['id']}) has {gpu['uncorrected_errors']} uncorrected memory errors"
             yield Finding("", "gpu", "fail", words, gpu["uncorrected_errors"], 0)
         if gpu.get("held_down"):
-            words = f"the clock of GPU {gpu['index']} ({gpu['id']}) is held down: {', '.join(gpu['held_down'])}"
+            words = f"the clock of GPU {index} ({gpu['id']}) is held down: {', '.join(gpu['held_down'])}"
             yield Finding("", "gpu", "warn", words, gpu["held_down"], [])
     for record in looked:
         yield from _own_gpu(record)
@@ -332,60 +336,13 @@ def _unlike(by_node: Mapping[str, list[Record]]) -> Iterator[Finding]:
         yield Finding("", "gpu", "warn", f"GPUs are of {len(names)} kinds: {', '.join(names)}", names)
 
 
-def rates(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """What is compared: name -> node -> its rate, that of its slowest rank; the higher the better."""
-    compute, memory = (_slowest(records, of) for of in (_products_s, lambda record: record["speed"]["memory_gb_s"]))
-    return {"compute": compute, "memory bandwidth": memory, "link": _links(records)}
-
-
-def _products_s(record: Record) -> float:
-    return 1.0 / float(record["speed"]["matmul_s"])
-
-
-def _slowest(records: Sequence[Record], rate: Any) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for record in records:
-        if "speed" in record:
-            node = str(record["node"])
-            found[node] = min(found.get(node, rate(record)), rate(record))
-    return found
-
-
-def _links(records: Sequence[Record]) -> dict[str, float]:
-    """Of each rank the best of its links, in or out, since a slow one may be its partner's fault; of a node the worst."""
-    best: dict[int, float] = {}
-    nodes = {int(record["rank"]): str(record["node"]) for record in records}
-    for record in records:
-        for link in record.get("links", ()):
-            for rank in (int(record["rank"]), int(link["from"])):
-                best[rank] = max(best.get(rank, 0.0), float(link["gb_s"]))
-    found: dict[str, float] = {}
-    for rank, rate in best.items():
-        if rank in nodes:
-            found[nodes[rank]] = min(found.get(nodes[rank], rate), rate)
-    return found
-
-
-def slower(rates_of: Mapping[str, float]) -> dict[str, float]:
-    """Node -> its rate as a share of what is usual, of the nodes that are slow.
-
-    Of three or more: below 0.7 of the median. Of two: less than half of the other.
-    """
-    two = len(rates_of) == 2
-    usual, bound = (max(rates_of.values()), OF_TWO) if two else (_median(rates_of.values()), SLOW)
-    shares = {node: round(rate / max(usual, 1e-12), 3) for node, rate in rates_of.items()}
-    return {node: share for node, share in shares.items() if share < bound}
-
-
-def _median(values: Iterable[float]) -> float:
-    ordered = sorted(values) or [0.0]
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-
-
 def _slow(records: Sequence[Record], asked: Asked) -> Iterator[Finding]:
+    # Cores of a node that is shared with other jobs have its memory's bandwidth together.
+    on_gpus = any(record.get("device") == "cuda" for record in records)
     for what, of_nodes in rates(records).items():
         for node, share in slower(of_nodes).items():
-            level = asked.slow if share < MUCH_SLOWER and len(of_nodes) > 2 else "warn"
+            sure = len(of_nodes) > 2 and (on_gpus or what != "memory bandwidth")
+            level = asked.slow if share < _MUCH_SLOWER and sure else "warn"
             than = "the median of all nodes" if len(of_nodes) > 2 else "the other node"
             yield Finding(node, what, level, f"{what}: {share:.0%} of {than}", share, SLOW)
 
@@ -398,7 +355,7 @@ def _network(records: Sequence[Record], asked: Asked) -> Iterator[Finding]:
     reached = max(float(one["gb_s"]) for one in told)
     share = reached / asked.allreduce_gb_s
     if share < _BELOW_EXPECTED:
-        level = asked.slow if share < MUCH_SLOWER else "warn"
+        level = asked.slow if share < _MUCH_SLOWER else "warn"
         words = f"an all-reduce reaches {reached:.3g} GB/s, the site says {asked.allreduce_gb_s:g}"
         yield Finding("", "all-reduce", level, words, reached, asked.allreduce_gb_s)
 

@@ -9,6 +9,7 @@ from hpc_ds.config.load import build_job, load_site, read_json
 from hpc_ds.errors import ConfigError
 from hpc_ds.run_dir import read_object
 from hpc_ds.script.provenance import LONGEST_DIFF, code_in, earlier_snapshot
+from hpc_ds.script.sweep import Sweep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from hpc_ds.config.job import JobConfig
     from hpc_ds.config.site import SiteConfig
     from hpc_ds.run_dir import RunDir
+    from hpc_ds.sweep_dir import SweepDir
 
 
 def again(run: RunDir, overrides: Sequence[str] = ()) -> tuple[JobConfig, SiteConfig, list[str]]:
@@ -34,6 +36,25 @@ def again(run: RunDir, overrides: Sequence[str] = ()) -> tuple[JobConfig, SiteCo
             value=before,
         )
     return job, load_site(str(run.site)), _differences(run, job)
+
+
+def again_sweep(sweep: SweepDir, overrides: Sequence[str] = ()) -> tuple[Sweep, SiteConfig, list[str]]:
+    """A sweep as it was, each of its runs with the same overrides; the rest as ``again``.
+
+    Raises:
+        ConfigError: see ``again``; or an override changes what the sweep varies.
+    """
+    data = sweep.data()
+    points = [task["values"] for task in data["tasks"]]
+    for key in {text.partition("=")[0] for text in overrides}:
+        varied = next(
+            (one for one in points[0] if f"{one}.".startswith(f"{key}.") or f"{key}.".startswith(f"{one}.")), None
+        )
+        if varied is not None:
+            raise ConfigError(f"--set {key}: the sweep varies {varied}; submit another sweep", key=key)
+    runs = [again(run, overrides) for run in sweep.runs()]
+    jobs = [job for job, _, _ in runs]
+    return Sweep(jobs[0], points, jobs, data.get("throttle")), runs[0][1], runs[0][2]
 
 
 def _differences(run: RunDir, job: JobConfig) -> list[str]:

@@ -23,7 +23,7 @@ from hpc_ds.script.plan import plan_of
 from hpc_ds.script.provenance import take_snapshot, write_provenance
 from hpc_ds.script.render import render
 from hpc_ds.script.submit import unverified, variables_of
-from hpc_ds.script.waiting import dependency
+from hpc_ds.script.waiting import dependency, write_waits
 from hpc_ds.sweep_dir import SweepDir
 
 if TYPE_CHECKING:
@@ -96,8 +96,6 @@ def submit_sweep(
         SubmitError: the scheduler refused the array. The folder is removed again.
     """
     plan = plan_of(wanted.base, site, tasks=len(wanted.jobs), check=check)
-    if waits and site.scheduler == "local":
-        raise SubmitError("--after: a sweep on site local cannot wait for other runs; submit it when they are over")
     if check:
         _check(wanted)
     sweep = _prepare(wanted, site, runs, sources or {})
@@ -106,6 +104,8 @@ def submit_sweep(
             resources = wanted.base.resources
             answer = ask(sweep.script, resources.nodes, resources.partition)
             plan = plan_of(wanted.base, site, answer, len(wanted.jobs))
+        if waits:
+            write_waits(RunDir(sweep.root), waits)
         job_id = queue_sweep(sweep, site, range(1, len(wanted.jobs) + 1), dependency(waits))
     except SubmitError:
         shutil.rmtree(sweep.root, ignore_errors=True)
@@ -124,7 +124,7 @@ def queue_sweep(sweep: SweepDir, site: SiteConfig, numbers: Sequence[int], after
     """
     data = sweep.data()
     if site.scheduler == "local":
-        job_id = start_array(sweep, numbers, data.get("throttle") or 1)
+        job_id = start_array(sweep, numbers, data.get("throttle") or 1, wait=after is not None)
     else:
         throttle = f"%{data['throttle']}" if data.get("throttle") else ""
         array = f"--array={','.join(_ranges(numbers))}{throttle}"

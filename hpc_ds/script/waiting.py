@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpc_ds.errors import SchedulerError
-from hpc_ds.run_dir import RunDir, append_line, is_sweep, read_lines, read_object, runs_in, write_json
+from hpc_ds.run_dir import SWEEP_FILE, RunDir, append_line, is_sweep, read_lines, read_object, runs_in, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,7 +79,7 @@ def redirect(run: RunDir, old: str, new: str, scheduler: Scheduler) -> list[str]
         other = RunDir(Path(line["run_dir"]))
         waits = read_waits(other)
         changed = [replace(wait, job_id=new) if wait.job_id == old else wait for wait in waits]
-        job_id = str(read_object(other.job).get("job_id", ""))
+        job_id = str({**read_object(other.root / SWEEP_FILE), **read_object(other.job)}.get("job_id", ""))
         if changed == waits or not job_id:
             continue
         try:

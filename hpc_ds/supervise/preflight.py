@@ -8,6 +8,7 @@ taken for those of the training.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.cluster.process import node_name
@@ -51,6 +52,12 @@ def is_due(job: JobConfig, earlier: Sequence[Attempt], nodes: Sequence[str]) -> 
     return not set(nodes) <= {node for attempt in passed for node in attempt.node_names}
 
 
+def _that_is_there(folder: str) -> str:
+    """A folder, or the one above it in which it will be made."""
+    path = Path(folder)
+    return str(next((place for place in (path, *path.parents) if place.is_dir()), path))
+
+
 class Preflight:
     """One look at the nodes of an attempt.
 
@@ -68,7 +75,7 @@ class Preflight:
         limit_s = options.limit_minutes * 60
         self.files = RunDir(run.attempt_logs(number) / "preflight")
         self._records = self.files.root / "records"
-        places = dict.fromkeys([str(run.root), job.checkpoint.dir or str(run.root)])
+        places = dict.fromkeys([str(run.root), _that_is_there(job.checkpoint.dir or str(run.root))])
         python = job.runtime.python if job.runtime.in_container else python_of(job)
         words = [python, "-u", "-m", "hpc_ds.runtime.doctor", f"--folder={self._records}", f"--limit={limit_s:g}"]
         words += [f"--look-at={place}" for place in places]

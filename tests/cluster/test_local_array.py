@@ -86,3 +86,31 @@ def test_several_at_a_time_and_all_are_cancelled(runs: Runs) -> None:
     assert [one["action"] for one in told] == ["cancelled"] * 3
     wait_until(lambda: not {"running", "ending", "waiting"} & set(states(runs)), 120, found[0], "the end of the sweep")
     assert not (runs.folder / "began-3").exists()
+
+
+def test_a_sweep_waits_for_another_and_is_run_again_as_a_whole(runs: Runs) -> None:
+    first, _ = submitted(runs, "--sweep", "args.--code=0,0", "--name", "first")
+    wait_for(runs.folder / "began-1", first)
+    ok = submitted(runs, "--sweep", "args.--code=0,0,0,0", "--after", "first", "--name", "then")
+    never = submitted(runs, "--sweep", "args.--code=0,0", "--after", "first:notok", "--name", "never")
+    assert [one["reason"] for one in json.loads(runs.hpcds("status", "then", "--json").stdout)] == [
+        "in the queue (Dependency)"
+    ] * 4
+    runs.hpcds("cancel", ok[3].job_id)
+    for number in range(1, 4):
+        (runs.folder / f"go-{number}").touch()
+    wait_until(lambda: set(states(runs, "first")) == {"finished"}, 120, first, "the end of the first sweep")
+    wait_until(lambda: states(runs, "then")[:3] == ["finished"] * 3, 120, ok[0], "the end of the second")
+    wait_until(lambda: "waiting" not in states(runs, "never"), 120, never[0], "the end of the third")
+    assert (ok[3].lines("attempts.jsonl"), never[0].lines("attempts.jsonl")) == ([], [])
+    refused = runs.hpcds("rerun", "first", "--set", "args=[]", check=False)
+    assert refused.stderr == "hpcds: --set args: the sweep varies args.--code; submit another sweep\n"
+    told = json.loads(runs.hpcds("rerun", "first", "--set", "steps=7", "--json").stdout)
+    again = Path(told["sweep_dir"])
+    assert (told["runs"], again.parent) == (2, runs.folder / "runs")
+    for number in ("1", "2"):
+        config = json.loads((again / number / "config.json").read_text())
+        assert (config["args"], config["steps"]) == (["--code", "0"], 7)
+    wait_until(
+        lambda: states(runs, str(again)) == ["finished"] * 2, 120, first, "the end of the sweep that is run again"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 
 import pytest
 
@@ -13,8 +14,10 @@ from hpc_ds.launch.address import (
     interface_towards,
     is_own,
     named_interfaces,
+    network,
     own_address,
     own_addresses,
+    reachable_addresses,
     route_source,
 )  # fmt: skip
 
@@ -62,8 +65,10 @@ def test_all_addresses_that_ip_lists_are_found() -> None:
     assert set(own_addresses()) == expected
 
 
-def test_loopback_is_no_address_for_others() -> None:
-    assert own_address([], {"NCCL_SOCKET_IFNAME": "=lo"}) is None
+def test_loopback_is_no_address_for_others_unless_it_is_named() -> None:
+    assert (
+        own_address([], {"NCCL_SOCKET_IFNAME": "=lo"}) == own_address([], {"GLOO_SOCKET_IFNAME": "lo"}) == "127.0.0.1"
+    )
     assert own_address([], {"NCCL_SOCKET_IFNAME": "no-such-interface"}) is None
     assert own_address([], {}, ["no-such-interface"]) is None
     assert own_address([], {}) not in {"127.0.0.1", "::1"}
@@ -85,3 +90,13 @@ def test_a_host_knows_its_own_names() -> None:
     for entry in own_addresses():
         assert is_own(entry.address)
     assert not is_own("x" * 300)
+
+
+def test_the_addresses_that_others_may_try() -> None:
+    assert [entry for entry in reachable_addresses() if entry.startswith("127.")] in ([], ["127.0.0.1"])
+    assert len(set(reachable_addresses())) == len(reachable_addresses()) > 0
+
+
+def test_processes_of_one_network_have_one_name_for_it() -> None:
+    theirs = [sys.executable, "-c", "from hpc_ds.launch.address import network; print(network())"]
+    assert subprocess.run(theirs, capture_output=True, check=True, text=True).stdout.rstrip("\n") == network()

@@ -7,13 +7,16 @@ import os
 import re
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from launches import Launch, launched, python, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+PER_RANK = {"environs": {}, "per_rank": True}
 
 
 @pytest.mark.parametrize(
@@ -101,8 +104,10 @@ json.dump(told, open(f"told-{rank}", "w"))
         assert told["open"] == 4  # and the folder of descriptors itself
 
 
-def test_lines_of_ranks_are_not_torn(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("length", "agents"), [(10_000_000, {}), (2_000_000, {"starter": "tcp", "options": PER_RANK})])
+def test_lines_of_ranks_are_not_torn(tmp_path: Path, length: int, agents: dict[str, Any]) -> None:
     write = """
+length = int(sys.argv[1])
 meet()
 letter = b"ab"[rank:rank + 1]
 for _ in range(200):
@@ -110,19 +115,19 @@ for _ in range(200):
     time.sleep(0.001)
     os.write(1, letter * 10 + b"\\n")
 for _ in range(2):
-    long = memoryview(letter * 10_000_000 + b"\\n")
+    long = memoryview(letter * length + b"\\n")
     while long:
         long = long[os.write(1, long):]
 os.write(1, letter * 5)
 """
-    launch = launched(tmp_path, python(write))
+    launch = launched(tmp_path, [*python(write), str(length)], **agents)
     assert launch.code == 0
     lengths = {
         letter: sorted(len(line) for line in launch.out.splitlines() if line[:1] == letter) for letter in (b"a", b"b")
     }
     assert set(re.findall(rb"ab|ba", launch.out)) == set()
     for letter in (b"a", b"b"):
-        assert lengths[letter] == [5] + [20] * 200 + [10_000_000] * 2
+        assert lengths[letter] == [5] + [20] * 200 + [length] * 2
 
 
 def test_output_is_passed_on_byte_for_byte(tmp_path: Path) -> None:
@@ -176,6 +181,14 @@ for count in range(200):
         assert count < 100
         launch.finish()
     assert (launch.code, len(launch.out)) == (0, 200_000_000)
+
+
+def test_a_launch_that_is_told_to_end_does_not_wait_for_its_reader(tmp_path: Path) -> None:
+    with Launch(tmp_path, ["bash", "-c", "echo $RANK > notes-$RANK; exec yes"], grace_s=0.5) as launch:
+        wait_until(lambda: launch.notes(0) and launch.notes(1))
+        launch.process.terminate()
+        wait_until(lambda: launch.process.poll() is not None)
+        assert (launch.process.returncode, launch.left()) == (143, [])
 
 
 def test_an_end_of_the_reader_ends_the_launch(tmp_path: Path) -> None:
@@ -250,8 +263,6 @@ while not os.path.exists("../go"):
         assert (one.finish().code, two.finish().code) == (0, 0)
     assert taken.code == 1
     assert taken.last_line.startswith(f"hpcds: master port {one.notes(0)[0]}: in use on ")
-    again = launched(tmp_path, ["bash", "-c", "echo $MASTER_PORT"], ranks=[1], master_port=int(one.notes(0)[0]))
-    assert again.out.decode().split() == one.notes(0)
 
 
 @pytest.mark.ranks

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ class Sshd:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.mark = "of-ssh-" + folder.name
+        self.mark = uuid.uuid4().hex
         self.port = free_ports(1)[0]
         for name in ("host", "user"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
@@ -77,10 +78,13 @@ class Sshd:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     def launch(self, folder: Path, command: list[str], names: list[str], **fields: Any) -> Launch:
-        launcher_args = ["-F", str(self.folder / "config")]
-        launch = Launch(
-            folder, command, [1] * len(names), names=names, launcher="ssh", launcher_args=launcher_args, **fields
-        )
+        """One rank on each host, over this sshd."""
+        config = ["-F", str(self.folder / "config")]
+        if fields.get("launcher") == "pdsh":
+            fields["environ"] = {"PDSH_SSH_ARGS_APPEND": " ".join(config)}
+        else:
+            fields |= {"launcher": "ssh", "launcher_args": config}
+        launch = Launch(folder, command, [1] * len(names), names=names, **fields)
         launch.marks.append(self.mark)
         return launch
 
@@ -136,7 +140,6 @@ while True:
 def test_a_host_that_does_not_let_us_in_is_named(sshd: Sshd, tmp_path: Path, name: str, words: str) -> None:
     with sshd.launch(tmp_path, ["sleep", "1000"], ["w1", name]) as launch:
         launch.finish()
-        assert launch.left() == []
     assert launch.code == 1
     assert launch.last_line.startswith(f"hpcds: host {name!r}: no agent has come (ssh {name}: exit code 255: ")
     assert words in launch.last_line
@@ -172,6 +175,17 @@ def test_a_killed_launcher_leaves_nothing_on_other_hosts(sshd: Sshd, tmp_path: P
         launch.process.kill()
         wait_until(lambda: not launch.left())
     assert launch.notes(0) == ["ready", "TERM"]
+
+
+def test_pdsh_brings_agents_too(sshd: Sshd, tmp_path: Path) -> None:
+    rank = 'note("ready")\nmeet()\nsys.exit(75 * rank)'
+    with sshd.launch(tmp_path, python(rank), ["w1", "w2"], launcher="pdsh") as launch:
+        assert launch.finish().code == 75
+        assert launch.left() == []
+    with sshd.launch(tmp_path, ["sleep", "1000"], ["w1", "refused"], launcher="pdsh") as launch:
+        assert launch.finish().code == 1
+    assert launch.last_line.startswith("hpcds: agents: not all can come (pdsh: ")
+    assert "Permission denied" in launch.last_line
 
 
 def test_many_hosts_come_a_few_at_a_time(sshd: Sshd, tmp_path: Path) -> None:

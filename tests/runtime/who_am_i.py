@@ -14,5 +14,7 @@ me = hpc_ds.init_distributed()
 total = torch.tensor([float(me.rank)])
 dist.all_reduce(total)
 found = {"rank": me.rank, "local_rank": me.local_rank, "world_size": me.world_size, "source": me.source}
-found |= {"sum": total.item(), "env": os.environ["RANK"]}
+found |= {"interface": os.environ.get("GLOO_SOCKET_IFNAME"), "sum": total.item(), "env": os.environ["RANK"]}
+if os.environ.get("FAIL_ON_START") == os.environ.get("TORCHELASTIC_RESTART_COUNT", "none") and me.rank == 1:
+    sys.exit(1)
 Path(sys.argv[1], f"{me.rank}.json").write_text(json.dumps(found))

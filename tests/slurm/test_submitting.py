@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from whole_runs import Run, Runs
+from whole_runs import Run, Runs, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -130,7 +130,9 @@ def test_a_run_waits_for_the_job_with_which_another_goes_on(slurm_cluster: Slurm
     runs.hpcds("cancel", str(in_vain.folder))
 
 
-def test_a_chain_is_queued_as_a_whole(slurm_cluster: SlurmCluster, runs: Runs) -> None:
+def test_a_chain_is_queued_as_a_whole_and_tells_of_its_ends(slurm_cluster: SlurmCluster, runs: Runs) -> None:
+    tells = {"command": ["sh", "-c", "cat >>told.jsonl; echo >>told.jsonl"]}
+    (runs.folder / "job.json").write_text(json.dumps({"name": "job", "command": ["true"], "notify": tells}))
     told = json.loads(runs.hpcds(*JOB[:2], "job.json", "job.json", "--chain", *JOB[2:], "--json").stdout)
     found = [Run(runs.folder / one["run_dir"], one["job_id"], runs.hpcds) for one in told]
     for run in found:
@@ -138,6 +140,10 @@ def test_a_chain_is_queued_as_a_whole(slurm_cluster: SlurmCluster, runs: Runs) -
     times = [[line.get("opened") or line["closed"] for line in run.lines("attempts.jsonl")] for run in found]
     assert times == sorted(times)
     assert len(times) == 3
+    heard = runs.folder / "told.jsonl"
+    wait_until(lambda: heard.exists() and heard.read_text().count("\n") == 3, 120, found[2], "the notice of its end")
+    events = [json.loads(line) for line in heard.read_text().splitlines()]
+    assert [(one["run_dir"], one["cause"]) for one in events] == [(str(run.folder), "finished") for run in found]
 
 
 # Finishes; the second task only when it is started again, and the third only when it may.
