@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -43,16 +44,23 @@ def doctor(
     if slow not in {"warn", "fail"}:
         raise ConfigError(f"--slow {slow!r}: neither warn nor fail; use one of them", key="slow")
     places = [*(look_at or ()), os.getcwd()]  # noqa: PTH109 - as text
-    plan = _plan(context.args, [f"--limit={limit:g}", *(f"--look-at={place}" for place in dict.fromkeys(places))])
+    if {"-h", "--help"} & {*context.args[:1]}:
+        print(context.get_help())
+        return
+    plan = _plan(
+        context.args,
+        [f"--limit={limit:g}", *(f"--look-at={place}" for place in dict.fromkeys(places))],
+        json_output=json_output,
+    )
     if plan is not None:
         raise typer.Exit(_examine(plan, _expected(site), slow, json_output=json_output))
 
 
-def _plan(words: list[str], arguments: list[str]) -> LaunchPlan | None:
+def _plan(words: list[str], arguments: list[str], *, json_output: bool) -> LaunchPlan | None:
     """How the doctor is started; None where that was only to be printed."""
     from hpc_ds.cli.run import Notes, make_plan
     from hpc_ds.cli.run_options import parse
-    from hpc_ds.cli.run_show import as_text
+    from hpc_ds.cli.run_show import as_json, as_text
 
     line = parse(words)
     if line.script is not None:
@@ -66,7 +74,7 @@ def _plan(words: list[str], arguments: list[str]) -> LaunchPlan | None:
     for text in [*notes.notes, *notes.warnings]:
         sys.stderr.write(f"hpcds doctor: {text}\n")
     if values.get("dry_run"):
-        print(as_text(plan), end="")
+        print(as_json(plan, notes.notes + notes.warnings) if json_output else as_text(plan), end="")
         return None
     return plan
 
@@ -120,8 +128,9 @@ def _records(plan: LaunchPlan) -> tuple[int, list[dict[str, Any]], list[Finding]
     last: dict[int, dict[str, Any]] = {}
     for line in lines:
         if line.startswith(MARK):
-            record = json.loads(line.removeprefix(MARK))
-            last[record["rank"]] = record
+            with contextlib.suppress(ValueError):  # cut short, when its rank was killed
+                record = json.loads(line.removeprefix(MARK))
+                last[record["rank"]] = record
         else:
             sys.stderr.write(f"{line}\n")
     return code, [last[rank] for rank in sorted(last)], problem

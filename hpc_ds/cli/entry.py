@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
+import signal
 import sys
 
 from hpc_ds.errors import HpcdsError
@@ -14,17 +17,14 @@ _OBJECTS = 50_000
 """Made until Python looks for garbage. A start makes many that stay: looking at them every 700 takes a tenth of it."""
 
 
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
 def main() -> None:
     """Run the command line."""
     gc.set_threshold(_OBJECTS)
     try:
-        if sys.argv[1:2] == ["run"]:
-            from hpc_ds.cli.run import run
-
-            sys.exit(run(sys.argv[2:]))
-        from hpc_ds.cli.main import app_of
-
-        app_of(sys.argv[1] if len(sys.argv) > 1 else "")()
+        _call(sys.argv[1:])
     except HpcdsError as error:
         name = "hpcds run" if sys.argv[1:2] == ["run"] else "hpcds"
         sys.stderr.write(f"{name}: {error}\n")
@@ -33,6 +33,27 @@ def main() -> None:
         # The reader of our output (head, less) has gone: nothing is wrong.
         sys.stderr.close()
         sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE or error.filename is not None:
+            raise
+        sys.stderr.write(f"hpcds: output: cannot be written: {error.strerror}; look at where it goes\n")
+        os.close(1)  # else what is still held back is tried once more
+        sys.exit(1)
     finally:
         # Python ends by looking for cycles in all that was imported, which takes as long as a verb's own work.
         gc.freeze()
+
+
+def _call(words: list[str]) -> None:
+    try:
+        if words[:1] == ["run"]:
+            from hpc_ds.cli.run import run
+
+            sys.exit(run(words[1:]))
+        from hpc_ds.cli.main import app_of
+
+        app_of(words[0] if words else "")()
+    finally:
+        sys.stdout.flush()

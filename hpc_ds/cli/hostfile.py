@@ -32,9 +32,12 @@ def hostfile(
     import json
     import os
 
+    from hpc_ds.errors import ConfigError
     from hpc_ds.launch.gres import with_gpus
     from hpc_ds.launch.hostfile import hosts_from_list, hosts_from_slurm, render, write
 
+    if json_output and form != "deepspeed":
+        raise ConfigError(f"--form {form!r}: is for text, and --json is none; leave one out", key="form", value=form)
     if node_list is None:
         hosts = hosts_from_slurm(os.environ if slots is not None else with_gpus(os.environ), slots)
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpc_ds.cli.run_options import help_text, parse, swallowed
 from hpc_ds.errors import ConfigError
-from hpc_ds.launch.environment import chosen, exported, with_folder
+from hpc_ds.launch.environment import chosen, exported, is_file, with_folder
 from hpc_ds.launch.gres import with_gpus
 from hpc_ds.launch.plan import LaunchPlan
 from hpc_ds.launch.resources import Wish, choose
@@ -221,7 +221,7 @@ def _log_dir(folder: str, cwd: str) -> str | None:
     if folder in {"None", ""}:  # DeepSpeed's word for no logs
         return None
     path = Path(cwd, folder)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not path.is_dir():  # noqa: PTH110 - Path.exists raises for a name that is too long
         raise ConfigError(f"--enable_each_rank_log {folder!r}: not a folder; name one", key="enable_each_rank_log")
     return str(path)
 
@@ -229,8 +229,10 @@ def _log_dir(folder: str, cwd: str) -> str | None:
 def _check_here(plan: LaunchPlan, values: dict[str, Any], script: str, environ: Mapping[str, str]) -> None:
     """What can be known before anything is started."""
     python = not values.get("module") and not values.get("no_python")
-    if plan.launcher == "local" and python and not Path(script).exists():
+    if plan.launcher == "local" and python and not os.path.exists(script):  # noqa: PTH110 - see _log_dir
         raise ConfigError(f"script {script!r}: no such file; name one, or use --module or --no_python", key="script")
+    if plan.launcher == "local" and plan.venv_script is not None and not is_file(plan.venv_script):
+        raise ConfigError(f"--venv_script {plan.venv_script!r}: no such file; name one", key="venv_script")
     if not plan.bind_cores:
         return
     if "KMP_AFFINITY" in {**environ, **plan.env}:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)  # as this process was started
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -24,7 +26,8 @@ def child_setup(die_with_parent: signal.Signals) -> Callable[[], None]:
     """What a child does between fork and exec: unblock all signals, and ask for one when its parent ends.
 
     For ``Popen(preexec_fn=...)`` of processes with one thread that wait for signals with them blocked: a child would
-    inherit the block. The function makes system calls only, which is all that is safe there.
+    inherit the block. It gets back the limit of open files that this process began with. The function makes system calls
+    only, which is all that is safe there.
     """
     parent = os.getpid()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -32,6 +35,7 @@ def child_setup(die_with_parent: signal.Signals) -> Callable[[], None]:
     def set_up() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_NOFILE, _FILES)
         libc.prctl(_PR_SET_PDEATHSIG, int(die_with_parent), 0, 0, 0)
         if os.getppid() != parent:  # it ended already
             os.kill(os.getpid(), die_with_parent)
@@ -47,6 +51,15 @@ def outlive_parent() -> None:
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ends, so that none escapes."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def allow_files(number: int) -> None:
+    """Let this process have so many files open, as far as it may raise its own limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < number:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (number if hard == resource.RLIM_INFINITY else min(number, hard), hard)
+        )
 
 
 def start_time(pid: int) -> int | None:

@@ -127,9 +127,10 @@ def interface_towards(host: str) -> str | None:
 
 
 def is_own(host: str) -> bool:
-    """Whether a name or address is one of this host's, by which its own processes can be reached."""
+    """Whether a name or address is one of this host's, and of no other's."""
     own = {entry.address for entry in own_addresses()}
-    return any(address in own or ip_address(address).is_loopback for _, address in _resolved(host))
+    found = _resolved(host)
+    return bool(found) and all(address in own or ip_address(address).is_loopback for _, address in found)
 
 
 def network() -> str:

@@ -19,6 +19,7 @@ Each agent has a parent that does nothing but wait for it, and ends all that is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import selectors
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_ds.cluster import process
 from hpc_ds.errors import LaunchError
 from hpc_ds.launch.address import named_interfaces, network, own_address, reachable_addresses
+from hpc_ds.launch.allocation import is_task
 from hpc_ds.launch.channel import LAUNCHER, NODE, TOKEN, Channel, Frame, from_wire
 from hpc_ds.launch.cores import Slice, slices
 from hpc_ds.launch.guardian import guarded, reap_orphans
@@ -48,6 +50,14 @@ _MUCH = 1 << 20  # bytes in the queue to the launcher from which ranks must wait
 _PATIENCE_S, _LAST_PATIENCE_S = 5.0, 10.0
 _LOOK_EVERY_S = 0.05
 _CONNECT_S, _WELCOME_S = 5.0, 30.0
+
+
+_CURES = {
+    errno.ENOENT: "see whether it is there, and the program that its first line names",
+    errno.EACCES: "make it executable, and its folders readable",
+    errno.ENOEXEC: "give it a first line with #!, or let it be started by a program",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 
 class Agent:
@@ -147,6 +157,7 @@ class Agent:
         common = json.loads(body)
         self._grace_s = common["grace_s"]
         left = [told["rank"] for told in head["ranks"]]
+        process.allow_files(64 + 2 * len(left))
         try:
             parts = self._parts(head, common)
             for told in head["ranks"]:
@@ -184,8 +195,9 @@ class Agent:
             self._ranks.start(spec, opened[0], opened[1] if len(opened) > 1 else MERGED)
         except OSError as error:
             what = os.fsdecode(error.filename) if error.filename else os.fsdecode(spec.argv[0])
+            cure = _CURES.get(error.errno or 0, "see what it is")
             raise LaunchError(
-                f"rank {told['rank']} on {os.uname().nodename}: {what!r}: {error.strerror}; see whether it is there"
+                f"rank {told['rank']} on {os.uname().nodename}: {what!r}: {error.strerror}; {cure}"
             ) from None
         finally:
             for descriptor in opened:
@@ -216,7 +228,7 @@ class Agent:
                 self._child_ended = True
                 continue
             # Slurm signals every process of a step; a rank that is leaving because of it must not be hit again.
-            if "SLURM_STEP_ID" not in self._environ:
+            if not is_task(self._environ):
                 self._pass_on(signal.Signals(number))
             if number in TO_GROUP and not self._ranks.pids:  # nothing was started: there is nobody to wait for
                 self._over = True

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 CPUS_PER_TASK = ("SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK")
 """Where a job's ``--cpus-per-task`` is found; the second is there for steps of Slurm 22.05 to 23.02."""
 
+# Steps that are the shell of their job and describe only themselves: the interactive step, the batch script.
+_SHELLS = ("4294967290", "4294967291")
+
 
 class Component(NamedTuple):
     """An allocation, or a component of a heterogeneous one.
@@ -28,6 +31,12 @@ class Component(NamedTuple):
     nodes: list[str]
     cpus: list[int]
     cpus_per_task: int | None
+
+
+def is_task(environ: Mapping[str, str]) -> bool:
+    """Whether this process belongs to a task that srun started, and not to the shell of a job."""
+    step = environ.get("SLURM_STEP_ID", "")
+    return step.isdigit() and step not in _SHELLS
 
 
 def components_of(environ: Mapping[str, str]) -> int:

@@ -9,7 +9,7 @@
 | closing   | the programs that brought the agents have ended       |
 
 The first failure ends the ranks everywhere. Agents kill what does not end in time by themselves; that an agent does not
-answer is noticed here, so that a launch always ends.
+answer is noticed here once a launch is ending, so that it ends.
 """
 
 from __future__ import annotations

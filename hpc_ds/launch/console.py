@@ -30,7 +30,7 @@ class Console:
     def __init__(self, out: int, err: int, *, prefix: bool, wake: Callable[[], None]) -> None:
         """Write to two descriptors; ``wake`` is called from a thread when there is room again, or all is written."""
         self._streams = {1: out, 2: err}
-        same = os.fstat(out)[:2] == os.fstat(err)[:2]
+        same = os.fstat(out)[1:3] == os.fstat(err)[1:3]
         self._ends = {1: _Tail(), 2: _Tail()}
         if same:
             self._ends[2] = self._ends[1]

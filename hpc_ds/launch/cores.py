@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from hpc_ds.errors import LaunchError
+from hpc_ds.errors import ConfigError, LaunchError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -25,16 +25,16 @@ def parse_core_list(text: str) -> list[int]:
     """``0-3,8`` -> [0, 1, 2, 3, 8].
 
     Raises:
-        LaunchError: it is not such a list, or not one that ascends.
+        ConfigError: it is not such a list, or not one that ascends.
     """
     cores: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
         if match is None:
-            raise LaunchError(f"core list {text!r}: {part!r} is neither a core nor a range; write it as 0-3,8-11")
+            raise ConfigError(f"core list {text!r}: {part!r} is neither a core nor a range; write it as 0-3,8-11")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first or (cores and first <= cores[-1]):
-            raise LaunchError(
+            raise ConfigError(
                 f"core list {text!r}: {part!r} does not ascend, or overlaps; name each core once, in order"
             )
         cores += range(first, last + 1)
@@ -78,7 +78,7 @@ def _physical_cores(ours: Collection[int]) -> list[list[int]]:
     for core in sorted(ours):
         try:
             siblings = tuple(parse_core_list(Path(_TOPOLOGY.format(core)).read_text(encoding="ascii")))
-        except (OSError, LaunchError):
+        except (OSError, ConfigError):
             siblings = (core,)
         units.setdefault(siblings, []).append(core)
     return list(units.values())

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import re
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,16 +105,21 @@ def _standing_files(environ: Mapping[str, str]) -> list[str]:
     named = environ.get("DS_ENV_FILE")
     folders = [Path(environ["HOME"])] if environ.get("HOME") else []
     paths = dict.fromkeys(folder / (named or FILE_NAME) for folder in [*folders, Path.cwd()])
-    there = [str(path) for path in paths if path.is_file()]
+    there = [str(path) for path in paths if is_file(path)]
     if named and not there:
         where = "neither in the home folder nor in this one" if len(paths) > 1 else "no such file"
         raise ConfigError(f"DS_ENV_FILE {named!r}: {where}; correct it or unset it", key="DS_ENV_FILE", value=named)
     return there
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there, as far as this process may see; a name that no file can have is none."""
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises where it may not look
+
+
 def _read(path: str) -> str:
     try:
-        return os.fsdecode(Path(path).read_bytes())
+        return os.fsdecode(Path(path).read_bytes().removeprefix(BOM_UTF8))
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         problem = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"environment file {path!r}: {problem}; name one that can be read", file=path) from None

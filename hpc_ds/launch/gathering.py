@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from hpc_ds.cluster.process import allow_files
 from hpc_ds.errors import LaunchError
 from hpc_ds.launch.posts import Post, posts_of
 from hpc_ds.launch.reception import Guest, Reception
@@ -67,10 +67,7 @@ class Gathering:
 
     def open(self) -> None:
         """Start the first programs."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        needed = 256 + 4 * len(self.posts)
-        if soft != resource.RLIM_INFINITY and soft < needed:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard) if hard > 0 else needed, hard))
+        allow_files(256 + 4 * len(self.posts))
         try:
             self._to_come = iter(self._starter.start(self._plan, self._reception))
         except LaunchError as error:
@@ -152,8 +149,17 @@ class Gathering:
                 self._pass_on(post.program)
         self._go_on()
         if self._missing == 0:
+            self._lock()
             self._launch.gathered()
         return True
+
+    def _lock(self) -> None:
+        """Let nobody in any more: all are there."""
+        if self._reception.listener is not None:
+            self._loop.forget(self._reception.listener.fileno())
+        for descriptor in self._reception.guests:
+            self._loop.forget(descriptor)
+        self._reception.close()
 
     def _place_of(self, guest: Guest, said: dict[str, Any]) -> Post | None:
         if self._starter.per_rank:
@@ -191,11 +197,7 @@ class Gathering:
         """Wait for no more agents."""
         self._abandoned = True
         self._to_come = None
-        if self._reception.listener is not None:
-            self._loop.forget(self._reception.listener.fileno())
-        for descriptor in self._reception.guests:
-            self._loop.forget(descriptor)
-        self._reception.close()
+        self._lock()
 
     # Programs.
 

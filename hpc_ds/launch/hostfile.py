@@ -24,6 +24,7 @@ from itertools import starmap
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from hpc_ds.errors import HostfileError, NodeListError
+from hpc_ds.launch.allocation import is_task
 from hpc_ds.launch.node_list import expand, expand_counts
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ _T = TypeVar("_T")
 _SINGLE = re.compile(r"[^\s#\[\],-][^\s\[\],]*")
 _PLAIN_LINE = re.compile(rf"\s*({_SINGLE.pattern})\s+slots=([1-9][0-9]{{0,3}})(?=[\s#]|\Z)")
 
-# No step, or one that is the shell of its job and describes only itself: the interactive step, the batch script.
-_SHELLS = (None, "4294967290", "4294967291")
 _STEP = ("SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE")
 _JOB = ("SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_TASKS_PER_NODE")
 GPU_VARIABLES = ("SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_GPUS")
@@ -136,8 +135,7 @@ def hosts_from_slurm(environ: Mapping[str, str], slots: int | None = None) -> li
 
 def is_step(environ: Mapping[str, str]) -> bool:
     """Whether this is a task of a step; the batch script and the shell of an interactive step are none."""
-    # The batch script has no step's node list; "a step id is set" alone would not tell it from a step.
-    return "SLURM_STEP_NODELIST" in environ and environ.get("SLURM_STEP_ID") not in _SHELLS
+    return "SLURM_STEP_NODELIST" in environ and is_task(environ)
 
 
 def _component(environ: Mapping[str, str], group: int) -> dict[str, str]:

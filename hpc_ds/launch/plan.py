@@ -14,6 +14,9 @@ from typing import NamedTuple
 MAX_WORLD_SIZE = 2**20
 """Ranks of one plan; more is a typing error."""
 
+# The script must neither see the command as its own arguments (conda's activate reads them) nor change it.
+_SOURCING = 'hpcds_command=("$@"); set --; . "$0" && exec "${hpcds_command[@]}"'
+
 
 class HostPlan(NamedTuple):
     """The ranks of one host: ``first_rank`` to ``first_rank + ranks - 1``.
@@ -74,11 +77,6 @@ class LaunchPlan:
     venv_script: str | None = None
     only_node: int | None = None
 
-    @property
-    def local_rank_arg(self) -> bool:
-        """Whether ranks are told their local rank as an argument."""
-        return self.local_rank_at is not None
-
     @cached_property
     def world_size(self) -> int:
         """Ranks of all hosts."""
@@ -109,4 +107,4 @@ class LaunchPlan:
             return command
         # A name without a slash would be looked for on PATH.
         script = self.venv_script if "/" in self.venv_script else f"./{self.venv_script}"
-        return ("bash", "-c", '. "$0" && exec "$@"', script, *command)
+        return ("bash", "-c", _SOURCING, script, *command)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hpc_ds.errors import ConfigError, HostfileError
 from hpc_ds.launch.devices import other_variables, visible_devices
+from hpc_ds.launch.environment import is_file
 from hpc_ds.launch.filters import Taken, take_first, take_included, take_not_excluded
 from hpc_ds.launch.hostfile import GPU_VARIABLES, Host, hosts_from_slurm, is_step, parse
 from hpc_ds.launch.plan import MAX_WORLD_SIZE, HostPlan
@@ -88,7 +89,7 @@ def choose(wish: Wish, environ: Mapping[str, str], standing_hostfile: str = STAN
     pool = _pool(wish, environ, standing_hostfile)
     taken = _filtered(wish, pool.hosts)
     launcher, notes = _launcher(wish, pool, taken, environ)
-    bound = pool.bound or launcher == "slurm"
+    bound = pool.bound or launcher == "slurm" or (launcher == "local" and is_step(environ))
     if bound:
         _refuse_gaps(taken)
     hosts = _plans(taken, bound=bound)
@@ -153,7 +154,7 @@ def _pool(wish: Wish, environ: Mapping[str, str], standing_hostfile: str) -> _Po
         return _of_step(wish, environ) if is_step(environ) else _of_job(wish, environ)
     if is_step(environ):
         return _of_step(wish, environ)
-    if Path(standing_hostfile).is_file() and wish.launcher != "local":
+    if is_file(standing_hostfile) and wish.launcher != "local":
         return _Pool(_read(standing_hostfile), "ssh", bound=False)
     if wish.launcher == "slurm":
         raise ConfigError(
@@ -196,7 +197,7 @@ def _of_this_machine(wish: Wish, environ: Mapping[str, str], *, bound: bool) -> 
 
 def _read(path: str) -> list[Host]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: no text, or a zero byte in the name
         problem = getattr(error, "strerror", None) or "not text"
         raise HostfileError(f"hostfile {path!r}: {problem}; name one that can be read", file=path) from None

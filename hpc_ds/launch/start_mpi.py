@@ -30,6 +30,7 @@ from hpc_ds.errors import CommandError, LaunchError
 from hpc_ds.launch.channel import LAUNCHER, TOKEN
 from hpc_ds.launch.memory_file import memory_file
 from hpc_ds.launch.program import Program, agent_command
+from hpc_ds.launch.resources import is_this_machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,13 +80,18 @@ class OpenMpiStarter:
         found = find_launcher("openmpi")
         # By its whole path, mpirun looks for itself in that folder on other hosts too.
         name = found.name if found.parent in _SYSTEM_FOLDERS else str(found)
-        lines = "".join(f"{_plain(host.name)}\n" * host.ranks for host in plan.hosts)
+        lines = "".join(f"{_known(_plain(host.name))}\n" * host.ranks for host in plan.hosts)
         with memory_file(lines) as hosts:
             command = open_mpi_command(plan, name, f"/dev/fd/{hosts}")
             program = Program(command, name, env=_environment(plan, reception), pass_fds=[hosts])
         program.alarm = _REFUSED
         program.cure = "see whether mpirun --map-by seq works for these hosts, one line a rank, without a question"
         yield program
+
+
+def _known(name: str) -> str:
+    """A host as Open MPI calls it: it knows the machine that it runs on only by its own name."""
+    return os.uname().nodename if is_this_machine(name) else name
 
 
 def open_mpi_command(plan: LaunchPlan, program: str, hostfile: str) -> list[str]:
@@ -182,7 +188,7 @@ def find_launcher(launcher: str) -> Path:
 def _owner(path: str) -> str | None:
     """Which MPI a program belongs to."""
     try:
-        done = shell.run([path, "--version"], timeout_s=60, check=False)
+        done = shell.run([path, "--version"], timeout_s=15, check=False)
     except CommandError:
         return None
     said = done.stdout + done.stderr

@@ -17,6 +17,7 @@ torchrun's store outlives a start: rank 0 opens a meeting with a new number, and
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -246,9 +247,10 @@ def _listen_to(me: Rank, place: Place, store: Store) -> dict[str, Any]:
     store.add("heard", 1)
     if "refused" in said and me.rank == 0 and not place.is_older:
         due = time.monotonic() + _HEAR_S
-        came = sum(store.add(f"times/{rank}", 0) for rank in range(me.world_size))
-        while store.add("heard", 0) < came and time.monotonic() < due:
-            time.sleep(_FIRST_PAUSE_S)
+        with contextlib.suppress(RuntimeError):  # of two that are rank 0 one serves, and may have gone
+            came = sum(store.add(f"times/{rank}", 0) for rank in range(me.world_size))
+            while store.add("heard", 0) < came and time.monotonic() < due:
+                time.sleep(_FIRST_PAUSE_S)
     return said
 
 

@@ -44,6 +44,9 @@ _FOUND_BY = {
     "single": "nothing that names others: one process alone",
 }
 
+_set_here: dict[str, str] = {}
+"""Variables that an earlier call has set: the next one finds its rank where that one did."""
+
 
 def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
     dist_backend: str | None = None,
@@ -88,11 +91,15 @@ def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
             "torch.distributed.init_process_group first, or leave it at None"
         )
     backend = _backend(dist_backend)
+    if not isinstance(timeout, timedelta):
+        raise RankError(f"timeout {timeout!r}: not a time; write datetime.timedelta(seconds=...)")
     deadline = Deadline(timeout)
     me = _who_am_i(rank, world_size, auto_mpi_discovery)
     preemption.attend(me.rank, me.world_size)  # a rank that waits for the others gives signs of life too
     me = _join(me, backend, deadline, init_method, distributed_port or 0, auto_mpi_discovery)
-    os.environ.update(RANK=str(me.rank), LOCAL_RANK=str(me.local_rank), WORLD_SIZE=str(me.world_size))
+    told = {"RANK": str(me.rank), "LOCAL_RANK": str(me.local_rank), "WORLD_SIZE": str(me.world_size)}
+    _set_here.update({name: value for name, value in told.items() if os.environ.get(name) != value})
+    os.environ.update(told)
     _choose_device(me)
     atexit.register(_leave_together)
     if verbose and me.rank == 0:
@@ -112,6 +119,8 @@ def _backend(asked: str | None) -> str:
             f"dist_backend {asked!r}: torch has it only if it was built against your MPI; leave it out (nccl or gloo carry "
             "the tensors, and MPI introduces the ranks)"
         )
+    if unknown := names - {*dist.Backend.backend_list}:
+        raise RankError(f"dist_backend {asked!r}: {unknown.pop()!r} is no backend of this torch; use 'nccl' or 'gloo'")
     if "nccl" in names and not devices:
         raise RankError(
             f"dist_backend {asked!r}: this process sees no CUDA device; look at CUDA_VISIBLE_DEVICES and nvidia-smi, or use "
@@ -122,17 +131,22 @@ def _backend(asked: str | None) -> str:
 
 def _who_am_i(rank: int, world_size: int, ask_mpi: bool) -> Rank:
     """From the arguments, else the environment, else MPI; collective over MPI's processes if that is asked."""
-    if rank >= 0 and world_size > 0:
+    environ = {name: value for name, value in os.environ.items() if _set_here.get(name) != value}
+    if (rank >= 0) != (world_size > 0):
+        raise RankError(
+            f"init_distributed: rank {rank}, world_size {world_size}: one without the other; give both or none"
+        )
+    if rank >= 0:
         if rank >= world_size:
             raise RankError(f"init_distributed: rank {rank} of a world of {world_size}; ranks count from 0")
-        local_rank = who.local_rank_from_environment(os.environ)
+        local_rank = who.local_rank_from_environment(environ)
         return Rank(rank, local_rank or 0, world_size, None, "arguments", local_rank is not None)
-    me = who.rank_from_environment(os.environ)
+    me = who.rank_from_environment(environ)
     if me is None:
-        me = _ask_mpi(who.mpi_sign(os.environ), ask_mpi)
+        me = _ask_mpi(who.mpi_sign(environ), ask_mpi)
     elif not me.placed and ask_mpi and torch.cuda.is_available():
         me = mpi.who_am_i(me)
-    who.refuse_alone(me, os.environ)
+    who.refuse_alone(me, environ)
     return me
 
 
@@ -159,6 +173,8 @@ def _join(me: Rank, backend: str, deadline: Deadline, init_method: str | None, p
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return me
     if method.scheme == "tcp":
+        if not (method.hostname and method.netloc.rpartition(":")[2].isdigit()):
+            raise RankError(f"init_method {init_method!r}: not an address; write tcp://HOST:PORT")
         place = at_master(me, method.hostname or "", str(method.netloc.rpartition(":")[2]), deadline)
     else:
         place = find_place(me, port, deadline, ask_mpi)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpc_ds.errors import RankError
+from hpc_ds.launch.allocation import is_task
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,8 +90,6 @@ _MPI_TABLES = (_OPENMPI, _PMI, _MVAPICH2)
 _STARTERS = {"slurm": "srun", "openmpi": "mpirun", "pmi": "mpiexec", "mvapich2": "mpirun_rsh"}
 # PMIx (prterun), Cray PALS, IBM's jsrun, Flux, ALPS (aprun): variables that say too little, but only MPI's starters set.
 _MPI_SIGNS = ("PMIX_RANK", "PALS_RANKID", "JSM_NAMESPACE_RANK", "FLUX_TASK_RANK", "ALPS_APP_PE")
-# 0xfffffffa: the shell that salloc runs on a node of the job. Tasks asked for are not started with it.
-_INTERACTIVE_STEP = "4294967290"
 
 
 def rank_from_environment(environ: Mapping[str, str]) -> Rank | None:
@@ -114,8 +113,7 @@ def rank_from_environment(environ: Mapping[str, str]) -> Rank | None:
 
 def in_slurm_step(environ: Mapping[str, str]) -> bool:
     """Whether this process is a task that srun started."""
-    step = environ.get("SLURM_STEP_ID", "")
-    return step.isdigit() and step != _INTERACTIVE_STEP and "SLURM_PROCID" in environ
+    return is_task(environ) and "SLURM_PROCID" in environ
 
 
 def mpi_sign(environ: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -215,6 +216,24 @@ def test_a_script_is_sourced_before_the_command(tmp_path: Path) -> None:
         tmp_path, ["bash", "-c", 'echo "$FROM" "$1"', "x", "two  words"], ranks=[1], venv_script="activate"
     )
     assert (launch.code, launch.out) == (0, b"a script two  words\n")
+
+
+def test_a_script_that_is_sourced_sees_no_arguments_and_cannot_change_the_command(tmp_path: Path) -> None:
+    """As conda's activate, which reads its arguments, and others that set their own."""
+    (tmp_path / "activate").write_text('echo "$#"; set -u; set -- a b; declare -x FROM=there\n')
+    tell = ["bash", "-c", 'echo "$FROM" "$1"', "x", "two  words"]
+    launch = launched(tmp_path, tell, ranks=[1], venv_script="activate")
+    assert (launch.code, launch.out) == (0, b"0\nthere two  words\n")
+
+
+def test_many_ranks_need_no_higher_limit_of_open_files_and_are_given_none(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        launch = launched(tmp_path, ["sh", "-c", "ulimit -Sn"], ranks=[100])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (launch.code, launch.out) == (0, b"64\n" * 100)
 
 
 def test_ranks_have_cores_of_their_own(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Launches over a real sshd of the test's own on 127.0.0.1: as any user, and without any file of the user's."""
+"""Launches over a real sshd of the test's own on 127.0.0.1: as any user, and without any file of the user's.
+
+Not even the shell's: a ``.bashrc`` may take locks (pyenv's waits a minute for one that a killed session has left).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ UsePAM no
 PermitRootLogin yes
 PasswordAuthentication no
 KbdInteractiveAuthentication no
-SetEnv {mark}={mark_of}
+SetEnv {mark}={mark_of} HOME={folder}
 """
 SSH_CONFIG = """\
 Host refused

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from hpc_ds.errors import LaunchError
+from hpc_ds.errors import ConfigError, LaunchError
 from hpc_ds.launch.cores import Slice, parse_core_list, slices
 
 
@@ -27,7 +27,7 @@ def test_a_core_list_is_a_list_of_ranges() -> None:
     ],
 )
 def test_a_bad_core_list_is_refused(text: str, part: str, problem: str) -> None:
-    with pytest.raises(LaunchError) as caught:
+    with pytest.raises(ConfigError) as caught:
         parse_core_list(text)
     assert str(caught.value).startswith(f"core list {text!r}: {part!r} {problem}")
 
