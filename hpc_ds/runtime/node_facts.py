@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpc_ds.runtime.rank import MPI_VARIABLES
 from hpc_ds.version import __version__
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 _MIB = 1 << 20
 _WRITTEN = os.urandom(_MIB)
 _WRITE_WITHIN_S = 20.0
-_MPI_SIGNS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMI_FD", "PMIX_RANK", "MPI_LOCALRANKID")
 
 
 def versions() -> dict[str, str]:
@@ -163,4 +163,4 @@ def infiniband() -> list[str]:
 
 def mpi_signs() -> list[str]:
     """What an MPI launcher, or Slurm's PMI, left in the environment of this process."""
-    return [name for name in _MPI_SIGNS if name in os.environ]
+    return [name for name in MPI_VARIABLES if name in os.environ]

@@ -87,9 +87,13 @@ _MVAPICH2 = _Table(
     ("MV2_COMM_WORLD_LOCAL_SIZE",),
 )
 _MPI_TABLES = (_OPENMPI, _PMI, _MVAPICH2)
+MPI_SOURCES = frozenset({*(table.source for table in _MPI_TABLES), "mpi4py"})
+"""Of ``Rank.source``: MPI's starter, or MPI, has said it."""
 _STARTERS = {"slurm": "srun", "openmpi": "mpirun", "pmi": "mpiexec", "mvapich2": "mpirun_rsh"}
 # PMIx (prterun), Cray PALS, IBM's jsrun, Flux, ALPS (aprun): variables that say too little, but only MPI's starters set.
 _MPI_SIGNS = ("PMIX_RANK", "PALS_RANKID", "JSM_NAMESPACE_RANK", "FLUX_TASK_RANK", "ALPS_APP_PE")
+MPI_VARIABLES = (*(table.rank for table in _MPI_TABLES), *_MPI_SIGNS, "PMI_FD", "MPI_LOCALRANKID")
+"""Any of them is a sign that MPI has started this process, or could serve it."""
 
 
 def rank_from_environment(environ: Mapping[str, str]) -> Rank | None:

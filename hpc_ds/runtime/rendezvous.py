@@ -31,7 +31,7 @@ from hpc_ds.launch.address import named_interfaces, own_address, own_addresses, 
 from hpc_ds.launch.node_list import expand
 from hpc_ds.run_dir import read_object, write_atomic
 from hpc_ds.runtime import mpi, pmi
-from hpc_ds.runtime.rank import Rank, in_slurm_step
+from hpc_ds.runtime.rank import MPI_SOURCES, Rank, in_slurm_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -41,7 +41,6 @@ _DIAL_S = 5.0
 _NAMELESS_S = 30.0  # a name may come into being while the others start; a typing error never does
 _ANSWER_S = 30.0
 _NAMELESS = "the name does not resolve"
-_MPI_SOURCES = {"openmpi", "pmi", "mvapich2", "mpi4py"}
 
 
 class Deadline:
@@ -118,7 +117,7 @@ def find_place(me: Rank, port: int, deadline: Deadline, ask_mpi: bool) -> Place:
         raise RankError(
             f"MASTER_ADDR {address!r}, MASTER_PORT {master_port!r}: only one is set; set both or none", seen
         )
-    if me.source in _MPI_SOURCES and ask_mpi:
+    if me.source in MPI_SOURCES and ask_mpi:
         return _told_by_mpi(me, port, deadline)
     return _through_file(me, port, deadline)
 

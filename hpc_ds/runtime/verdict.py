@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_ds.errors import NodeListError
 from hpc_ds.launch.node_list import fold
 from hpc_ds.runtime.compare import SLOW, rates, slower
+from hpc_ds.runtime.rank import MPI_SOURCES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -292,7 +293,7 @@ def _clock(ranks: Sequence[Record]) -> Iterator[Finding]:
 def _mpi(ranks: Sequence[Record]) -> Iterator[Finding]:
     """MPI must know the same world as the launcher; where MPI did not introduce the ranks, training can do without."""
     for record in ranks:
-        told, by_mpi = record.get("mpi"), record["source"] in {"openmpi", "pmi", "mpi4py"}
+        told, by_mpi = record.get("mpi"), record["source"] in MPI_SOURCES
         level = "fail" if by_mpi else "warn"
         if told and "error" in told:
             yield Finding("", "mpi", level, f"mpi4py cannot be used: {told['error']}")

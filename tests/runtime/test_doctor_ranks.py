@@ -68,7 +68,7 @@ def test_mpi_and_its_launcher_are_held_against_each_other(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in range(2):
         record = told(tmp_path, rank)
-        assert (record["phase"], record["source"], record["errors"]) == ("done", "mpi4py", {})
+        assert (record["phase"], record["source"], record["errors"]) == ("done", "openmpi", {})
         assert (record["mpi"]["rank"], record["mpi"]["world_size"]) == (rank, 2)
         assert "OMPI_COMM_WORLD_RANK" in record["mpi_signs"]
 
