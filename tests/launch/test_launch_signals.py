@@ -28,7 +28,10 @@ while True:
 
 def test_signals_are_passed_to_every_rank(tmp_path: Path) -> None:
     rank = python('catch("USR1", "USR2", "HUP", "INT")\ncatch("TERM", call=lambda: sys.exit(75))\n' + FOREVER)
-    with Launch(tmp_path, rank) as launch:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run below nohup
+    launch = Launch(tmp_path, rank)
+    signal.signal(signal.SIGHUP, before)
+    with launch:
         launch.wait_for("ready")
         for name in ("USR1", "USR2", "USR1", "HUP", "INT", "TERM"):
             seen = [launch.notes(rank).count(name) for rank in range(2)]
