@@ -120,7 +120,8 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(runs: Runs, und
     crash = run.status()["attempts"][0]
     assert (crash["failure"]["rank"], crash["exit_code"]) == (1, 137)
     assert run.losses() == undisturbed.losses()
-    assert 0 < run.status()["steps_lost"] <= 10
+    taken = [step["step"] for step in run.steps()]
+    assert run.status()["steps_lost"] == len(taken) - len(set(taken)) <= 10  # 0 where the kill came right after a save
 
 
 def test_a_killed_supervisor_leaves_a_run_that_can_be_resumed(runs: Runs, undisturbed: Run) -> None:
