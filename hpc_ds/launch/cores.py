@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from hpc_ds.errors import ConfigError, LaunchError
+from hpc_ds.launch.node_list import ranges
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -56,8 +57,8 @@ def slices(ours: Collection[int], ranks: int, core_list: str | None) -> list[Sli
         cores = parse_core_list(core_list)
         if foreign := [core for core in cores if core not in ours]:
             raise LaunchError(
-                f"core list {core_list!r}: {_folded(foreign)} not among the cores that may be used here, "
-                f"{_folded(sorted(ours))}; leave them out"
+                f"core list {core_list!r}: {ranges(foreign)} not among the cores that may be used here, "
+                f"{ranges(ours)}; leave them out"
             )
         return _parted([[core] for core in cores], ranks)
     physical = _physical_cores(ours)
@@ -82,14 +83,3 @@ def _physical_cores(ours: Collection[int]) -> list[list[int]]:
             siblings = (core,)
         units.setdefault(siblings, []).append(core)
     return list(units.values())
-
-
-def _folded(cores: Sequence[int]) -> str:
-    """[0, 1, 2, 8] -> ``0-2,8``."""
-    runs: list[list[int]] = []
-    for core in cores:
-        if runs and core == runs[-1][-1] + 1:
-            runs[-1].append(core)
-        else:
-            runs.append([core])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -92,6 +92,11 @@ def fold(names: Iterable[str]) -> str:
     return ",".join(items)
 
 
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers, at least one, sorted and with neighbours folded: ``1-3,7``."""
+    return _ranges(list(map(str, sorted(numbers))))
+
+
 def expand_counts(text: str) -> list[int]:
     """The counts of ``SLURM_TASKS_PER_NODE`` and its kind, one a node: ``2(x3),1`` is 2 2 2 1.
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.errors import NodeListError
-from hpc_ds.launch.node_list import fold
+from hpc_ds.launch.node_list import fold, ranges
 from hpc_ds.runtime.compare import SLOW, rates, slower
 from hpc_ds.runtime.rank import MPI_SOURCES
 
@@ -259,13 +259,13 @@ def _cores(ranks: Sequence[Record], asked: Asked) -> Iterator[Finding]:
     every = frozenset().union(*sets)
     each = len(every) / len(sets)
     if each < 1:
-        words = f"{len(sets)} ranks have {len(every)} cores between them ({_ranges(every)})"
+        words = f"{len(sets)} ranks have {len(every)} cores between them ({ranges(every)})"
         yield Finding("", "cores", "warn", words, len(every), len(sets))
     elif asked.cpus_per_task is not None and each < asked.cpus_per_task:
         words = f"{each:g} cores for each rank, {asked.cpus_per_task} were asked for"
         yield Finding("", "cores", "warn", words, each, asked.cpus_per_task)
     elif sum(map(len, sets)) > len(every) and len(set(sets)) > 1:
-        words = f"ranks share cores, and not evenly: {', '.join(_ranges(one) for one in sets[:4])}"
+        words = f"ranks share cores, and not evenly: {', '.join(ranges(one) for one in sets[:4])}"
         yield Finding("", "cores", "warn", words)
 
 
@@ -381,17 +381,6 @@ def _shared(found: Sequence[Finding], nodes: Sequence[str]) -> Iterator[Finding]
 def _ranks(numbers: Sequence[int]) -> str:
     few = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
     return f"rank{'s' if len(numbers) > 1 else ''} {few}"
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """0, 1, 2, 5 -> 0-2,5."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 def _fold(nodes: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from hpc_ds.cluster.slurm import Slurm
 from hpc_ds.config.load import resolved
 from hpc_ds.config.paths import check_paths
 from hpc_ds.errors import RunError, SchedulerError, SubmitError
+from hpc_ds.launch.node_list import ranges
 from hpc_ds.run_dir import RunDir, as_text, new_folder, remember, write_atomic, write_json
 from hpc_ds.script.job_file import note_job
 from hpc_ds.script.plan import plan_of
@@ -127,23 +128,12 @@ def queue_sweep(sweep: SweepDir, site: SiteConfig, numbers: Sequence[int], after
         job_id = start_array(sweep, numbers, data.get("throttle") or 1, wait=after is not None)
     else:
         throttle = f"%{data['throttle']}" if data.get("throttle") else ""
-        array = f"--array={','.join(_ranges(numbers))}{throttle}"
+        array = f"--array={ranges(numbers)}{throttle}"
         job_id = Slurm().submit_script(sweep.script, [array, *([f"--dependency={after}"] if after else [])])
         for number in numbers:
             note_job(sweep.run(number), site, f"{job_id}_{number}", durable=False)
     write_json(sweep.sweep, data | {"job_id": job_id, "submitted": time.time()})
     return job_id
-
-
-def _ranges(numbers: Sequence[int]) -> list[str]:
-    """``1-3``, ``7``: numbers as ``--array`` takes them."""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return [str(low) if low == high else f"{low}-{high}" for low, high in found]
 
 
 def _check(wanted: Sweep) -> None:
