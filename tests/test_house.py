@@ -365,7 +365,7 @@ words = sys.argv[1:]
 import hpc_ds
 code = 0
 if words:
-    from hpc_ds.cli.main import main
+    from hpc_ds.cli.entry import main
     try:
         main()
     except SystemExit as end:

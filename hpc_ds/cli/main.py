@@ -11,10 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from hpc_ds.cli import checkpoint, config, doctor, hostfile, init, rerun, runs, site, status, submit
-from hpc_ds.cli.entry import main
 from hpc_ds.version import __version__
-
-__all__ = ["app", "app_of", "main"]
 
 
 def run_ranks(context: typer.Context) -> None:

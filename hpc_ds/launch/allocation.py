@@ -42,7 +42,7 @@ def is_task(environ: Mapping[str, str]) -> bool:
 def components_of(environ: Mapping[str, str]) -> int:
     """Components of the heterogeneous job that this allocation is; 1 of any other."""
     size = environ.get("SLURM_HET_SIZE", "1")
-    return int(size) if size.isdigit() and int(size) > 0 else 1
+    return max(int(size), 1) if size.isascii() and size.isdigit() and len(size) < 4 else 1
 
 
 def components(environ: Mapping[str, str]) -> list[Component]:
@@ -70,6 +70,6 @@ def _component(environ: Mapping[str, str], group: int | None, ending: str) -> Co
             f"SLURM_JOB_NODELIST{ending}: not set, so there is no allocation here; call hpcds run under salloc or sbatch"
         )
     own = next(
-        (environ[f"{name}{ending}"] for name in CPUS_PER_TASK if environ.get(f"{name}{ending}", "").isdigit()), None
+        (environ[f"{name}{ending}"] for name in CPUS_PER_TASK if environ.get(f"{name}{ending}", "").isdecimal()), None
     )
     return Component(group, nodes, cpus if len(cpus) == len(nodes) else [], None if own is None else int(own))

@@ -14,6 +14,7 @@ import re
 from typing import TYPE_CHECKING
 
 from hpc_ds.errors import CommandError
+from hpc_ds.launch.allocation import components_of
 from hpc_ds.launch.hostfile import GPU_VARIABLES, is_step
 
 if TYPE_CHECKING:
@@ -63,10 +64,8 @@ def count_gpus(per_node: str) -> int:
 
 def _components(environ: Mapping[str, str]) -> list[str]:
     """What stands behind the names of the variables of each component."""
-    size = environ.get("SLURM_HET_SIZE", "1")
-    if size == "1" or not (size.isascii() and size.isdigit() and len(size) < 4):
-        return [""]
-    return [f"_HET_GROUP_{group}" for group in range(int(size))]
+    number = components_of(environ)
+    return [""] if number == 1 else [f"_HET_GROUP_{group}" for group in range(number)]
 
 
 def _fields(name: str, line: str) -> list[str]:

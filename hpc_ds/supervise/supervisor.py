@@ -143,7 +143,7 @@ class Supervisor:
 
     @property
     def _on_nodes(self) -> bool:
-        """Whether the scheduler has nodes, and their names are known."""
+        """Whether the scheduler has nodes of its own: site local is this machine."""
         return self._site.scheduler == "slurm"
 
     def _steps(self, attempt: Attempt, earlier: list[Attempt]) -> Iterator[_Step]:

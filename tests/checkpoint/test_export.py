@@ -256,7 +256,7 @@ LIMIT_MIB = 128
 EXPORT = """
 import re, resource, sys
 resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]) << 20,) * 2)
-from hpc_ds.cli.main import main
+from hpc_ds.cli.entry import main
 sys.argv[1:] = sys.argv[2:]
 try:
     main()

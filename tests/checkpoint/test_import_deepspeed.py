@@ -283,7 +283,7 @@ def test_the_tag_is_found_or_named(save: Path, tmp_path: Path) -> None:
 def test_the_command_imports_without_torch(save: Path, tmp_path: Path) -> None:
     program = """
 import sys
-from hpc_ds.cli.main import main
+from hpc_ds.cli.entry import main
 try:
     main()
 except SystemExit as end:

@@ -144,7 +144,7 @@ def dry_run(script: str) -> tuple[str, ...]:
 # Runs many command lines in one process, which saves a second for every two of them.
 MANY = """
 import contextlib, io, json, os, sys, traceback
-from hpc_ds.cli.main import main
+from hpc_ds.cli.entry import main
 answers = []
 for words in json.load(sys.stdin):
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -240,7 +240,7 @@ def test_a_script_of_any_name_can_be_submitted(script: str, answers: Answers) ->
 
 def test_what_is_nobodys_fault_keeps_its_traceback() -> None:
     """A bug must not look like a mistake of the user."""
-    broken = "from hpc_ds.cli import main; main.app_of = lambda verb: 1 / 0; main.main()"
+    broken = "from hpc_ds.cli import entry, main; main.app_of = lambda verb: 1 / 0; entry.main()"
     done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr

@@ -259,7 +259,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(runs: Runs) -> None:
 
 NO_TORCH = """
 import sys
-from hpc_ds.cli.main import main
+from hpc_ds.cli.entry import main
 try:
     main()
 except SystemExit as end:

@@ -26,7 +26,7 @@ CONFIG = {
 # Runs the command line, and fails if torch was loaded on the way.
 LIGHT = """
 import sys
-from hpc_ds.cli.main import main
+from hpc_ds.cli.entry import main
 try:
     main()
 finally:

@@ -17,25 +17,17 @@ from hpc_ds.config.job import JobConfig
 from hpc_ds.config.load import load_site
 from hpc_ds.config.model import check
 from hpc_ds.errors import ConfigError
-from hpc_ds.run_dir import RunDir
 from hpc_ds.supervise import notify, supervisor, talk
 from hpc_ds.supervise.ledger import read_ledger
 from hpc_ds.supervise.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+    from hpc_ds.run_dir import RunDir
 
 # Python 3.12 warns of a fork where torch has threads. The child only sets signals before it becomes another program.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    run = RunDir(tmp_path / "run")
-    for folder in (run.root, run.logs, run.local):
-        folder.mkdir()
-    return run
 
 
 def attempt(run: RunDir, told: dict[str, Any], program: str = "") -> int:

@@ -14,7 +14,6 @@ from hpc_ds.cluster.scheduler import JobState
 from hpc_ds.config.job import JobConfig, Restart
 from hpc_ds.config.load import load_site
 from hpc_ds.config.model import check
-from hpc_ds.run_dir import RunDir
 from hpc_ds.supervise import preflight, supervisor, talk, watch
 from hpc_ds.supervise.ledger import Attempt, read_ledger
 from hpc_ds.supervise.policy import after_preflight, excluded_nodes
@@ -22,6 +21,8 @@ from hpc_ds.supervise.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from hpc_ds.run_dir import RunDir
 
 # Python 3.12 warns of a fork where torch has threads. The child only sets signals before it becomes another program.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
@@ -39,14 +40,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "_LOOK_AGAIN_S", 0.0)
     for name in ("_ANSWER_AT_START_S", "_ANSWER_AT_END_S", "_HELD_STILL_FOR_S"):
         monkeypatch.setattr(supervisor, name, 0.0)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    run = RunDir(tmp_path / "run")
-    for folder in (run.root, run.logs, run.local):
-        folder.mkdir()
-    return run
 
 
 def job_of(**data: Any) -> JobConfig:

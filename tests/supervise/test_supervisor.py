@@ -42,14 +42,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _seconds, sleep=supervisor.time.sleep: sleep(0.01))
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    run = RunDir(tmp_path / "run")
-    for folder in (run.root, run.logs, run.local):
-        folder.mkdir()
-    return run
-
-
 def attempt(run: RunDir, scheduler: FakeScheduler, program: str, **data: Any) -> int:
     job: JobConfig = check(JobConfig, {"name": "a", "command": [sys.executable, "-c", program], **data}, "job.json")
     return Supervisor(run, job, load_site("local"), "25", scheduler).attempt()
