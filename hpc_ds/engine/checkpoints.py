@@ -313,6 +313,7 @@ class Checkpoints:
         engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
         if optimizer_states:
             self._loss_scale.load_state_dict(plain["loss_scale"])
+            engine.tell_optimizer()
         if loader is not None and plain["data"] is not None:
             loader.load_state_dict(plain["data"])
         for name, thing in self.registered.items():

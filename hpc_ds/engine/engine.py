@@ -15,7 +15,6 @@ import logging
 import math
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,9 +26,9 @@ from hpc_ds.engine.loss_scale import LossScale
 from hpc_ds.engine.outputs import Outputs
 from hpc_ds.engine.passes import Passes
 from hpc_ds.engine.saving import Saving
-from hpc_ds.engine.surface import Surface, compute_dtype, explain_buffers, refuse_not_scalar, scaled_by
+from hpc_ds.engine.storing import Storing
+from hpc_ds.engine.surface import Surface, explain_buffers, refuse_not_scalar, scaled_by
 from hpc_ds.engine.watching import Watch
-from hpc_ds.engine.weights import load_whole, save_whole, whole_state
 from hpc_ds.errors import ConfigError, DivergedError
 from hpc_ds.runtime import preemption
 from hpc_ds.runtime.progress import during, mark, progress
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("hpc_ds")
 
 
-class Engine(Surface):
+class Engine(Surface, Storing):
     """A module in training. Made by ``hpc_ds.initialize``; call it like the module.
 
     Attributes:
@@ -94,6 +93,7 @@ class Engine(Surface):
         self._watch = Watch(config, sharding.module, self._device, rank.rank, sizes.train)
         self._checkpoints = Checkpoints(self, sharding, self._loss_scale, run, self._watch)
         self._saving = Saving(self, self._checkpoints, run)
+        self.tell_optimizer()
         if config.compile.enabled:
             self.compile()
         mark("idle")
@@ -218,9 +218,8 @@ class Engine(Surface):
             agreed = self._agree()
             self._update(agreed, lr_kwargs or {})
         self._count(agreed)
-        if agreed.stop:
-            self._saving.save_and_stop()
-        self._saving.after_step(settled=agreed.settled, due=agreed.save)
+        self.tell_optimizer()
+        self._saving.after_step(agreed)
 
     def _agree(self) -> Agreed:
         """Complete the gradients, and ask all ranks at once. Collective."""
@@ -301,108 +300,6 @@ class Engine(Surface):
         """Add one event to the run's, from rank 0; outside of a run, nothing."""
         if self._run is not None and self.global_rank == 0:
             self._run.record(event, **fields)
-
-    # saving and loading
-
-    def save_checkpoint(
-        self,
-        save_dir: str | Path | None = None,
-        tag: str | None = None,
-        client_state: dict[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Save everything a resume needs, whole or not at all. Collective: call it on every rank.
-
-        Args:
-            save_dir: default: where it saved or loaded last, else the run's checkpoints.
-            tag: default: ``global_step<N>``.
-            client_state: anything made of tensors, numbers, text, lists and dicts; kept for the saves that follow.
-            save_latest: whether a later load without a tag shall find it first.
-            exclude_frozen_parameters: leave out parameters that need no gradient.
-
-        Raises:
-            CheckpointError: the same on every rank; nothing of this save is visible, and training can go on.
-            RankError: some rank did not call it.
-        """
-        frozen = not exclude_frozen_parameters
-        self._checkpoints.save(save_dir, tag, client_state, save_latest=save_latest, frozen=frozen)
-        return True
-
-    def load_checkpoint(
-        self,
-        load_dir: str | Path | None = None,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-    ) -> tuple[str | None, dict[str, Any]]:
-        """Load a checkpoint made at any ZeRO stage and world size. Collective.
-
-        Args:
-            load_dir: default: the run's checkpoints. Saves of the run's own go here from now on.
-            tag: default: the newest whole one.
-            load_module_strict: whether model and checkpoint must have the same names.
-            load_optimizer_states: whether the optimizer's state and the loss scale come back.
-            load_lr_scheduler_states: whether the schedule comes back.
-            load_module_only: weights only: no optimizer, schedule, counters or data position.
-
-        Returns:
-            The checkpoint's folder and the client state; ``(None, {})`` when there is none and no tag was asked for.
-
-        Raises:
-            CheckpointError: the same on every rank; see ``checkpoint.reader.find``.
-            RankError: some rank did not call it.
-        """
-        return self._checkpoints.load(
-            load_dir,
-            tag,
-            strict=load_module_strict,
-            optimizer_states=load_optimizer_states,
-            lr_scheduler_states=load_lr_scheduler_states,
-            module_only=load_module_only,
-        )
-
-    def wait_for_checkpoint(self) -> None:
-        """Wait until the save that is being written behind the training is durable. Collective.
-
-        Raises:
-            CheckpointError: the same on every rank: it failed; the checkpoints before it are untouched.
-        """
-        self._checkpoints.wait()
-
-    def register_state(self, name: str, thing: Any) -> None:
-        """Let anything with ``state_dict`` and ``load_state_dict`` ride along in every checkpoint.
-
-        Register before ``load_checkpoint``.
-        """
-        self._checkpoints.registered[name] = thing
-
-    def save_16bit_model(
-        self,
-        save_dir: str | Path,
-        save_filename: str = "pytorch_model.bin",
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Write the whole weights in the compute type as one file that the plain module loads. Collective."""
-        dtype = compute_dtype(self._config) or torch.float32
-        save_whole(self.sharding, Path(save_dir) / save_filename, dtype, frozen=not exclude_frozen_parameters)
-        return True
-
-    save_fp16_model = save_16bit_model
-
-    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor] | None:
-        """The whole weights in the types of their masters, on the CPU of rank 0; None on other ranks. Collective."""
-        return whole_state(self.sharding, None, frozen=not exclude_frozen_parameters)
-
-    def load_module_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True) -> None:
-        """Take up whole weights; every rank gives the same. Collective.
-
-        Raises:
-            ConfigError: names or shapes differ from the module's.
-        """
-        load_whole(self.sharding, state_dict, strict=strict)
 
     # what scripts change
 

@@ -15,6 +15,7 @@ from hpc_ds.runtime import preemption
 from hpc_ds.runtime.progress import progress
 
 if TYPE_CHECKING:
+    from hpc_ds.engine.agreement import Agreed
     from hpc_ds.engine.checkpoints import Checkpoints
     from hpc_ds.engine.engine import Engine
     from hpc_ds.runtime.run import CurrentRun
@@ -26,13 +27,20 @@ _MINUTE_S = 60.0
 
 
 class Saving:
-    """The saves that a run's job asks of one engine. Outside of a run there are none but the one on a stop."""
+    """The saves that a run's job asks of one engine. Outside of a run there are none but the one on a stop.
+
+    Attributes:
+        left_to_the_caller: whether somebody else saves and stops, by the two that follow.
+        stop_agreed: at the last boundary, some rank had been told to stop.
+        save_due: at the last boundary, the run asked for a save.
+    """
 
     def __init__(self, engine: Engine, checkpoints: Checkpoints, run: CurrentRun | None) -> None:
         self._engine = engine
         self._checkpoints = checkpoints
         self._run = run
         self._reserved = False
+        self.left_to_the_caller = self.stop_agreed = self.save_due = False
         self._failures_every_s = (run.failures_every_s() if run is not None else None) or _ASSUMED_FAILURES_EVERY_S
 
     def due_by_the_clock(self) -> bool:
@@ -58,21 +66,27 @@ class Saving:
         best = best_interval_s(stall, self._failures_every_s)
         return float(min(max(best, shortest * _MINUTE_S), longest * _MINUTE_S))
 
-    def after_step(self, *, settled: bool, due: bool) -> None:
-        """Collective. Take note of a save that has ended, and begin one that is due. One that fails is told, not raised.
+    def after_step(self, agreed: Agreed) -> None:
+        """Collective. Stop if told to; take note of a save that has ended, and begin one that is due. One that fails is told.
 
-        Args:
-            settled: rank 0 knows how the save behind the training has ended.
-            due: rank 0's clock says that a save is due.
+        Raises:
+            Preempted: some rank was told to stop, and it is not left to the caller.
         """
         run, step = self._run, self._engine.global_steps
         by_steps = run is not None and run.every_steps is not None and step % run.every_steps == 0
-        if settled:
+        self.stop_agreed, self.save_due = agreed.stop, run is not None and (agreed.save or by_steps)
+        if agreed.stop and not self.left_to_the_caller:
+            self._save_and_stop()
+        if agreed.settled:
             self._checkpoints.settle()
-        if run is not None and run.saves_behind and (run.every_steps or run.every_minutes) and not self._reserved:
+        if run is not None and not self.left_to_the_caller:
+            self._save_for(run)
+
+    def _save_for(self, run: CurrentRun) -> None:
+        if run.saves_behind and (run.every_steps or run.every_minutes) and not self._reserved:
             self._reserved = True  # now that the optimizer has its state
             self._checkpoints.reserve()
-        if run is None or not (due or by_steps):
+        if not self.save_due:
             return
         self._checkpoints.settle()
         try:
@@ -80,7 +94,7 @@ class Saving:
         except CheckpointError as error:
             self._checkpoints.failed(error)
 
-    def save_and_stop(self) -> None:
+    def _save_and_stop(self) -> None:
         """Collective. Make the newest step durable that can be before the end, and leave with exit code 75.
 
         Raises:

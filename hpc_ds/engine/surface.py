@@ -78,6 +78,12 @@ class Surface:
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return [group.get("betas", group.get("momentum")) for group in groups]
 
+    def tell_optimizer(self) -> None:
+        """Let the optimizer have what scripts read there: ``overflow`` of the last step, ``cur_scale`` and ``loss_scale``."""
+        if self.optimizer is not None:
+            overflowed, scale = self._agreed is not None and self._agreed.overflowed, self._loss_scale.value
+            vars(self.optimizer).update(overflow=overflowed, cur_scale=scale, loss_scale=scale)
+
     def was_step_applied(self) -> bool:
         """Whether the last call of ``step`` moved parameters."""
         return self._applied
@@ -122,8 +128,12 @@ class Surface:
         """Whole weights can always be gathered."""
         return True
 
-    @property
     def loss_scale(self) -> float:
+        """The loss scale of the config: 0 for one that moves, 1 without fp16. The one in use is ``cur_scale``."""
+        return self._config.fp16.loss_scale if self._config.fp16.enabled else 1.0
+
+    @property
+    def cur_scale(self) -> float:
         """The factor on the next loss."""
         return self._loss_scale.value
 

@@ -66,7 +66,7 @@ class Watch:
         known = agreed.overflowed or not math.isnan(agreed.loss)
         if self._monitor is not None:
             norm = None if agreed.overflowed else agreed.grad_norm
-            scale = engine.loss_scale if self._config.fp16.enabled else None
+            scale = engine.cur_scale if self._config.fp16.enabled else None
             self._monitor.write_step(engine.global_samples, agreed.loss if known else None, lr, norm, scale)
         every = self._config.steps_per_print
         if every is not None and engine.global_steps % every == 0 and self._rank == 0:

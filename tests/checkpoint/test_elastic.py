@@ -145,7 +145,7 @@ def steps(engine: Any, until: int) -> Iterator[dict[str, Any]]:
                     "loss": sum(losses) / len(losses),
                     "rate": engine.get_lr(),
                     "norm": engine.get_global_grad_norm(),
-                    "scale": engine.loss_scale,
+                    "scale": engine.cur_scale,
                 }
                 losses = []
             if engine.global_steps >= until:

@@ -54,7 +54,8 @@ def overflow(rank: int, stage: int, pattern: str) -> list[dict[str, Any]]:
             engine.step()
         steps.append(
             {
-                "scale": engine.loss_scale,
+                "scale": engine.cur_scale,
+                "told": [engine.optimizer.cur_scale, engine.optimizer.loss_scale, engine.optimizer.overflow],
                 "skipped": engine.skipped_steps,
                 "moved": distance(before, values_of(engine)) > 0,
                 "applied": engine.was_step_applied(),
@@ -73,6 +74,9 @@ def test_overflow_of_one_rank_skips_the_step_on_all(pair: Outcomes, pattern: str
     good = [planted == "." for planted in overflows]
     for steps in pair[f"overflow {pattern} {stage}"]:
         assert [step["scale"] for step in steps] == scales
+        assert [step["told"] for step in steps] == [
+            [scale, scale, not one] for scale, one in zip(scales, good, strict=True)
+        ]
         assert [step["skipped"] for step in steps] == [overflows[: last + 1].count("x") for last in range(len(good))]
         assert [step["finite"] for step in steps] == [step["applied"] for step in steps] == good
         # the schedule stands still too: its first two rates are 0, so the first two updates move nothing
@@ -146,7 +150,7 @@ def diverge(rank: int, stage: int, scalar: bool, folder: Path) -> dict[str, Any]
             else:
                 model.spoils = rank == 1
                 advance(engine, batches()[1])
-            said.append(engine.loss_scale)
+            said.append(engine.cur_scale)
         except DivergedError as error:
             said.append((str(error), error.exit_code))
     again = engine_for(stage, fp16=FP16)

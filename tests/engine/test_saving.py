@@ -90,3 +90,29 @@ def test_what_is_saved_on_a_stop_is_what_is_told(tmp_path: Path, every_steps: in
     (told,) = run_ranks(stop_before_a_save_can_end, 1, str(tmp_path), every_steps)
     assert told == {"said": f"checkpointed step {saved} on SIGTERM", "stopped": [saved]}
     assert (tmp_path / "checkpoints" / "latest").read_text() == f"global_step{saved}"
+
+
+def left_to_the_caller(rank: int, folder: str) -> list[tuple[bool, bool]]:
+    """A job that saves every two steps, and one rank told to stop in the third, while somebody else does what it asks."""
+    os.environ["HPCDS_RUN_DIR"], os.environ["HPCDS_ATTEMPT"] = folder, "1"
+    if rank == 0:
+        Path(folder, "config.json").write_text(json.dumps({"checkpoint": {"every_steps": 2}}))
+    torch.distributed.barrier()
+    config = {"train_batch_size": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    engine, *_ = hpc_ds.initialize(model=torch.nn.Linear(3, 1), config=config)
+    engine.leave_stops_to_the_caller()
+    asked = [(engine.stop_agreed, engine.save_due)]
+    for step in (1, 2, 3, 4):
+        if step == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        engine.backward(engine(torch.ones(1, 3)).mean())
+        engine.step()
+        asked.append((engine.stop_agreed, engine.save_due))
+    return asked
+
+
+@pytest.mark.ranks
+def test_saves_and_stops_may_be_left_to_the_caller(tmp_path: Path) -> None:
+    asked = run_ranks(left_to_the_caller, 2, str(tmp_path))
+    assert asked == [[(False, False), (False, False), (False, True), (True, False), (True, True)]] * 2
+    assert not (tmp_path / "checkpoints").exists()

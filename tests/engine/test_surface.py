@@ -497,7 +497,7 @@ def questions(rank: int, stage: int) -> dict[str, Any]:
             engine.gradient_accumulation_steps(),
         ),
         "stage": (engine.zero_optimization_stage(), engine.zero_optimization()),
-        "types": (engine.fp16_enabled(), engine.bfloat16_enabled(), engine.dynamic_loss_scale(), engine.loss_scale),
+        "types": (engine.fp16_enabled(), engine.bfloat16_enabled(), engine.dynamic_loss_scale(), engine.cur_scale),
         "clipping": engine.gradient_clipping(),
         "where": (engine.global_rank, engine.local_rank, engine.world_size, str(engine.device)),
         "config": engine.config["gradient_clipping"],
@@ -575,6 +575,7 @@ def state_dicts(rank: int, stage: int, precision: dict[str, Any]) -> dict[str, A
     tied_step(engine)
     trained = engine.module_state_dict()
     without = engine.module_state_dict(exclude_frozen_parameters=True)
+    saved = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=False)
     told: list[Any] = [trained]
     dist.broadcast_object_list(told, src=0)
     other = start(stage, Tied(seed=4), **precision)
@@ -596,6 +597,7 @@ def state_dicts(rank: int, stage: int, precision: dict[str, Any]) -> dict[str, A
     tied_step(other)  # the engine goes on from what it was given
     return {
         "trained": trained,
+        "types": saved and {name: (value.dtype, value.shape) for name, value in saved.items()},
         "without": None if without is None else sorted(without),
         "same": same,
         "said": words,
@@ -616,6 +618,12 @@ def test_whole_weights_go_out_and_in(pair: Outcomes, precision: str, stage: int)
     types = {name: value.dtype for name, value in first["trained"].items()}
     assert types.pop("fixed") is (torch.bfloat16 if precision == "bf16" and stage < 3 else torch.float32)
     assert set(types.values()) == {torch.float32, torch.int64}
+    compute = SAVED[precision][1]
+    assert second["types"] is None
+    assert first["types"] == {
+        name: (compute if value.is_floating_point() else value.dtype, value.shape)
+        for name, value in first["trained"].items()
+    }
     assert torch.equal(first["trained"]["head.weight"], first["trained"]["tokens.weight"])
     assert first["without"] == ["count", "head.weight", "scale", "tokens.weight"]
     for name, value in first["trained"].items():
