@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("hpc_ds")
 
 
-class PreemptionCallback(TrainerCallback):  # type: ignore[misc] # transformers has no types
+class PreemptionCallback(TrainerCallback):
     """Stop a Trainer at the end of a step when any rank was told to: it saves, and ends with exit code 75.
 
     In a run of hpcds the Trainer saves besides as often as the job says (``checkpoint.every_minutes``, ``every_steps``), and
@@ -73,11 +73,11 @@ class PreemptionCallback(TrainerCallback):  # type: ignore[misc] # transformers 
 
     def _agreed(self, step: int) -> tuple[bool, bool]:
         """Collective. Whether any rank was told to stop, and whether a save is due."""
+        if self._engine is not None:
+            return self._engine.stop_agreed, self._engine.save_due
+        preemption.step(step)
         every = self._run.every_steps if self._run is not None else None
         by_steps = every is not None and step % every == 0
-        if self._engine is not None:
-            return self._engine.stop_agreed, self._engine.save_due or by_steps
-        preemption.step(step)
         return preemption.requested(), by_steps or self._due_by_the_clock()
 
     def _due_by_the_clock(self) -> bool:
