@@ -71,6 +71,7 @@ ENVIRONMENT_READERS = {
     "launch/starters.py",  # what a user gives to pdsh's ssh
     "launch/start_mpi.py",  # hands it on to mpirun
     "launch/start_slurm.py",  # the allocation; hands it on to srun
+    "compat/",  # what starts after it is to find the name deepspeed
     "supervise/supervisor.py",  # reads the job id, hands the rest on to the ranks
     "script/submit.py",  # env_from
     "script/functions.py",  # CUDA_VISIBLE_DEVICES, which submitit sets
