@@ -1,0 +1,67 @@
+"""What a process must have in its environment for ``import deepspeed`` and the command ``deepspeed`` to mean hpc_ds.
+
+| variable                                       | what it says                                                             |
+|------------------------------------------------|--------------------------------------------------------------------------|
+| PYTHONPATH                                     | the package ``deepspeed`` and our ``sitecustomize`` first                |
+| PATH                                           | the command ``deepspeed`` (and ``ds``) first                             |
+| HPCDS_PYTHON                                   | the interpreter that this command runs with                              |
+| RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE | who a rank is, where its launcher says so only in words of its own:      |
+|                                                | accelerate and many scripts read these before ``init_distributed`` could |
+|                                                | set them                                                                 |
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpc_ds.errors import ConfigError, RankError
+from hpc_ds.runtime.rank import rank_from_environment
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_HERE = Path(__file__).parent
+_FOLDERS = {"PYTHONPATH": (str(_HERE / "path"), str(_HERE / "startup")), "PATH": (str(_HERE / "bin"),)}
+
+
+def variables_of_the_name(environ: Mapping[str, str]) -> dict[str, str]:
+    """What is to be set on top of an environment, for whatever is started in it.
+
+    Raises:
+        ConfigError: the folder of hpc_ds has a name that no path can hold.
+    """
+    before = {"PATH": os.defpath, **environ}
+    found = {name: in_front(before.get(name, ""), *folders) for name, folders in _FOLDERS.items()}
+    return {**found, "HPCDS_PYTHON": sys.executable}
+
+
+def variables_of_the_rank(environ: Mapping[str, str]) -> dict[str, str]:
+    """Who this rank is, where it is not said in the words that scripts read; nothing where no launcher says it whole."""
+    try:
+        me = rank_from_environment(environ)
+    except RankError:  # the program says so where it matters to it
+        return {}
+    if me is None or not me.placed:
+        return {}
+    said = {"RANK": me.rank, "LOCAL_RANK": me.local_rank, "WORLD_SIZE": me.world_size}
+    if me.local_world_size is not None:
+        said["LOCAL_WORLD_SIZE"] = me.local_world_size
+    return {name: str(number) for name, number in said.items() if not environ.get(name)}
+
+
+def in_front(path: str, *folders: str) -> str:
+    """A list of folders, such as PATH, with these first; those that are in it already move there.
+
+    Raises:
+        ConfigError: a folder cannot be in such a list.
+    """
+    for folder in folders:
+        if os.pathsep in folder:
+            raise ConfigError(
+                f"folder {folder!r}: has a {os.pathsep!r}, so no path can hold it; install hpc_ds elsewhere"
+            )
+    others = [folder for folder in path.split(os.pathsep) if folder not in folders] if path else []
+    return os.pathsep.join([*folders, *others])
