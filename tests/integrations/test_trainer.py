@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from hf_models import MODELS
-from ranks import Outcomes, run_cases
 from trainers import config, plain, train, worst
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from ranks import Outcomes
 
 pytestmark = pytest.mark.ranks
 
@@ -24,13 +25,12 @@ CASES = list(itertools.product(MODELS, CONFIGS))
 BOUNDS = dict.fromkeys(MODELS, 4e-3) | {"bert": 8e-3, "t5": 8e-3}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    folder = tmp_path_factory.mktemp("trainers")
-    cases = {
-        f"{name}-{stage}": (train, (name, stage, folder / f"{name}-{stage}", {"bf16": True})) for name, stage in CASES
+def cases(folder: Path) -> dict[str, Any]:
+    """What the ranks shall do, each in a folder of its own."""
+    return {
+        f"{name}-{stage}": (train, (name, CONFIGS[stage], folder / f"{name}-{stage}", {"bf16": True}))
+        for name, stage in CASES
     }
-    return run_cases(2, cases, worlds=2)
 
 
 @functools.cache
@@ -40,9 +40,9 @@ def wanted(name: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "stage"), CASES)
 def test_it_trains_as_in_one_process(
-    trained: Outcomes, name: str, stage: int, tmp_path_factory: pytest.TempPathFactory
+    came: Outcomes, name: str, stage: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     alone = wanted(name, tmp_path_factory.getbasetemp() / "alone")
-    first, second = trained[f"{name}-{stage}"]
+    first, second = came[f"{name}-{stage}"]
     assert first["loss"] == second["loss"]
     assert worst(first["loss"], alone["loss"]) < BOUNDS[name]

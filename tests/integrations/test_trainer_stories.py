@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_models import MODELS
-from ranks import Outcomes, run_cases
 from trainers import Texts, config, make, plain, told, trainer, worst
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from ranks import Outcomes
 
 pytestmark = [
     pytest.mark.ranks,
@@ -75,7 +76,7 @@ def save_model(rank: int, name: str, stage: int, folder: Path) -> None:
         torch.save(whole, folder / "whole.pt")
 
 
-def generate(_rank: int, stage: int, folder: Path) -> tuple[list[list[int]], list[list[int]] | None]:
+def generate(_rank: int, stage: int, folder: Path) -> tuple[list[list[int]], dict[str, torch.Tensor] | None]:
     """Generate in the evaluation of a Seq2SeqTrainer; ranks have texts of different lengths."""
     from hpc_ds.compat import activate
 
@@ -84,20 +85,14 @@ def generate(_rank: int, stage: int, folder: Path) -> tuple[list[list[int]], lis
 
     asked = Seq2SeqTrainingArguments(
         output_dir=str(folder), deepspeed=config(stage), use_cpu=True, report_to="none", bf16=True, max_steps=2,
-        per_device_train_batch_size=2, per_device_eval_batch_size=2, predict_with_generate=True, generation_max_length=6,
+        per_device_train_batch_size=2, per_device_eval_batch_size=2, predict_with_generate=True,
         disable_tqdm=True,
     )  # fmt: skip
     made = Seq2SeqTrainer(model=make("t5"), args=asked, train_dataset=Texts(), eval_dataset=Texts(6, seed=6))
     made.train()
-    predicted = made.predict(Texts(6, seed=7)).predictions.tolist()
+    predicted = made.predict(Texts(6, seed=7)).predictions[:6].tolist()  # Trainer leaves those that fill the last batch
     whole = made.deepspeed.module_state_dict()
-    if whole is None:
-        return predicted, None
-    alone = make("t5")
-    alone.load_state_dict(whole)
-    alone = alone.to(torch.bfloat16)
-    texts = torch.stack([Texts(6, seed=7)[index]["input_ids"] for index in range(6)])
-    return predicted, alone.generate(input_ids=texts, max_length=6).tolist()
+    return predicted, whole
 
 
 def lora(_rank: int, stage: int, folder: Path) -> dict[str, Any]:
@@ -107,6 +102,7 @@ def lora(_rank: int, stage: int, folder: Path) -> dict[str, Any]:
     made = trainer("llama", folder, config(stage, scheduler=False), model=adapted(), **BF16)
     made.train()
     made.save_model()
+    dist.barrier()
     frozen = {name for name, value in made.model.named_parameters() if not value.requires_grad}
     return {"loss": told(made, "loss"), "files": sorted(path.name for path in folder.iterdir()), "frozen": len(frozen)}
 
@@ -137,27 +133,22 @@ def overflow(_rank: int, stage: int, folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("stories")
-
-
-@pytest.fixture(scope="module")
-def came(folder: Path) -> Outcomes:
-    cases: dict[str, Any] = {}
+def cases(folder: Path) -> dict[str, Any]:
+    """What the ranks shall do, each in a folder of its own."""
+    made: dict[str, Any] = {}
     for stage in STAGES:
-        cases[f"resume-{stage}"] = resume, (stage, folder / f"resume-{stage}")
-        cases[f"accumulate-{stage}"] = accumulate, (stage, folder / f"accumulate-{stage}")
+        made[f"resume-{stage}"] = resume, (stage, folder / f"resume-{stage}")
+        made[f"accumulate-{stage}"] = accumulate, (stage, folder / f"accumulate-{stage}")
     for stage in (1, 3):
-        cases[f"best-{stage}"] = best, (stage, folder / f"best-{stage}")
-        cases[f"overflow-{stage}"] = overflow, (stage, folder / f"overflow-{stage}")
-        cases[f"lora-{stage}"] = lora, (stage, folder / f"lora-{stage}")
-        cases[f"generate-{stage}"] = generate, (stage, folder / f"generate-{stage}")
+        made[f"best-{stage}"] = best, (stage, folder / f"best-{stage}")
+        made[f"overflow-{stage}"] = overflow, (stage, folder / f"overflow-{stage}")
+        made[f"lora-{stage}"] = lora, (stage, folder / f"lora-{stage}")
+        made[f"generate-{stage}"] = generate, (stage, folder / f"generate-{stage}")
     for name in MODELS:
-        cases[f"save-{name}"] = save_model, (name, 3, folder / f"save-{name}")
-    cases["save-at-2"] = save_model, ("gpt2", 2, folder / "save-at-2")
-    cases["evaluate"] = evaluate_only, (folder / "evaluate",)
-    return run_cases(2, cases, worlds=2)
+        made[f"save-{name}"] = save_model, (name, 3, folder / f"save-{name}")
+    made["save-at-2"] = save_model, ("gpt2", 2, folder / "save-at-2")
+    made["evaluate"] = evaluate_only, (folder / "evaluate",)
+    return made
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -196,8 +187,16 @@ def test_saved_weights_load_into_the_plain_model(came: Outcomes, folder: Path, n
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_it_generates_what_the_plain_model_does(came: Outcomes, stage: int) -> None:
-    (first, alone), (second, _) = came[f"generate-{stage}"]
-    assert first == second == alone
+    (first, whole), (second, _) = came[f"generate-{stage}"]
+    alone = make("t5")
+    alone.load_state_dict(whole)
+    texts = torch.stack([Texts(6, seed=7)[index]["input_ids"] for index in range(6)])
+    wanted = alone.to(torch.bfloat16).generate(input_ids=texts, max_new_tokens=20).tolist()
+    assert first == second
+    for row, text in zip(first, wanted, strict=True):
+        told = [token for token in row if token != -100]  # where the other rank's texts were longer
+        assert told == text[: len(told)]
+        assert len(told) > 5
 
 
 @pytest.mark.parametrize("stage", [1, 3])

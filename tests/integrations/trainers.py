@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from hf_models import MODELS, VOCABULARY
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
 SAMPLES, PLACES, STEPS, BATCH = 24, 8, 5, 4  # of the data, of a text, of a run, of a step of all ranks
@@ -84,6 +85,7 @@ def trainer(
 
         activate()
         import accelerate.state
+
         import hpc_ds.integrations.accelerate
 
         hpc_ds.integrations.accelerate.attach(accelerate.state)
