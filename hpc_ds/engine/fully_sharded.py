@@ -89,7 +89,7 @@ class FullySharded(Sharding):
         for block in (*find_blocks(module, block_names), module):
             self._deferred.make_real(until=block)
             self._shard(block)
-        gather_at_inner_calls(module, {one for one in self._sharded_modules() if one is not module}, self._gather_root)
+        gather_at_inner_calls(module, self._sharded_modules(), self._gather_root)
         trainable = [(name, value) for name, value in module.named_parameters() if value.requires_grad]
         self._named = trainable
         self._parameters = [value for _, value in trainable]

@@ -14,20 +14,20 @@ import torch
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import nn
 
 
-def gather_at_inner_calls(root: nn.Module, blocks: set[nn.Module], gather: Callable[[], None]) -> None:
+def gather_at_inner_calls(root: nn.Module, sharded: Iterable[nn.Module], gather: Callable[[], None]) -> None:
     """Let every module outside of blocks have its own parameters gathered when it is called by itself.
 
     Args:
         root: the model; its own call gathers already.
-        blocks: what is gathered by itself.
+        sharded: what is gathered by itself: the blocks, and the root.
         gather: collective; gathers what is in no block.
     """
-    inside = {inner for block in blocks for inner in block.modules()}
+    inside = {inner for block in sharded if block is not root for inner in block.modules()}
     for module in root.modules():
         if module is not root and module not in inside and any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(partial(_before_call, gather))
