@@ -1,5 +1,7 @@
 """``hpc_ds.zero``, for scripts: whole parameters, gradients and optimizer state at any ZeRO stage."""
 
+from hpc_ds.engine.early import ZeroParamStatus
+from hpc_ds.engine.early_init import Init
 from hpc_ds.engine.zero import (
     GatheredParameters,
     safe_get_full_fp32_param,
@@ -18,6 +20,8 @@ from hpc_ds.engine.zero import (
 
 __all__ = [
     "GatheredParameters",
+    "Init",
+    "ZeroParamStatus",
     "safe_get_full_fp32_param",
     "safe_get_full_grad",
     "safe_get_full_optimizer_state",

@@ -5,8 +5,8 @@ reduced and scattered at once. The masters are the fp32 shards themselves, rows 
 optimizer as ordinary tensors. FSDP2 takes parameters of one type at a time, with elements and at least one dim: what else
 there is stays whole (``scalars.py``), or is gathered by itself (``compute_types.py``).
 
-A model on the meta device is made real block by block, so that no rank ever holds more than one block, its shards, and what is
-in no block.
+A model on the meta device, or sharded by zero.Init, is made real block by block, so that no rank ever holds more than one block,
+its shards, and what is in no block.
 
 Source: https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from hpc_ds.engine.compute_types import compute_dtypes, modules_apart, usual_type
 from hpc_ds.engine.deferred import Deferred
+from hpc_ds.engine.early import restore
 from hpc_ds.engine.exchange import DirectAllGather, DirectReduceScatter, Exchange
 from hpc_ds.engine.piece import Piece, own_range
 from hpc_ds.engine.scalars import Scalars
@@ -100,6 +101,7 @@ class FullySharded(Sharding):
 
     def _shard(self, block: nn.Module) -> None:
         """Collective. Bring a block's own tensors to the device with rank 0's values, and keep this rank's shards."""
+        restored = restore(block)
         self._deferred.make_real(block)
         _refuse_sparse_gradients(block)
         dtypes = compute_dtypes(block, self._precision)
@@ -112,14 +114,16 @@ class FullySharded(Sharding):
             value: dtypes[value] for value in tensors if value not in alone and types.get(value, usual) != usual
         }
         self._whole |= {value: dtypes[value] for value in tensors if value not in types}
-        self._fill(block, tensors)
+        self._fill(block, tensors, agreed=restored)
         for module in apart:
             self._fully_shard(module, *next(alone[value] for value in module.parameters() if value in alone))
         compute, master = usual or (torch.float32, torch.float32)
         self._fully_shard(block, self._precision.compute or compute, master)
+        for parameter in restored - self._whole.keys():  # a client's optimizer may still hold it
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
 
-    def _fill(self, block: nn.Module, tensors: Sequence[nn.Parameter]) -> None:
-        """Collective. Rank 0's values, on the device, parameters in the type of their masters."""
+    def _fill(self, block: nn.Module, tensors: Sequence[nn.Parameter], agreed: set[nn.Parameter]) -> None:
+        """Collective. Rank 0's values, on the device, parameters in the type of their masters; some are the same everywhere."""
         for parameter in tensors:
             data = parameter.data.to(self.device).contiguous()
             parameter.data = data.to(master_dtype(data.dtype)) if _has_gradients(data) else data
@@ -132,7 +136,8 @@ class FullySharded(Sharding):
         for owner, name, value in buffers:
             wanted = self._precision.buffers if value.is_floating_point() else None
             owner._buffers[name] = value.to(self.device, wanted or value.dtype)  # noqa: SLF001 - as above
-        broadcast([value.data for value in tensors] + [owner._buffers[name] for owner, name, _ in buffers])  # type: ignore[misc]  # noqa: SLF001
+        differing = [value.data for value in tensors if value not in agreed]
+        broadcast(differing + [owner._buffers[name] for owner, name, _ in buffers])  # type: ignore[misc]  # noqa: SLF001
 
     def _fully_shard(self, module: nn.Module, compute: torch.dtype, master: torch.dtype) -> None:
         policy = MixedPrecisionPolicy(

@@ -16,6 +16,7 @@ from torch import nn
 from hpc_ds.engine.buckets import Bucket, Policy, Slot
 from hpc_ds.engine.compute_types import compute_dtypes
 from hpc_ds.engine.deferred import Deferred
+from hpc_ds.engine.early import restore
 from hpc_ds.engine.exchange import Exchange
 from hpc_ds.engine.piece import Piece
 from hpc_ds.engine.sharding import (
@@ -52,6 +53,7 @@ class Replicated(Sharding):
         block_names: Sequence[str] | None = None,
     ) -> None:
         """Collective. Put the module's parameters into buckets, from rank 0's values."""
+        restore(module)
         Deferred(module, device).make_real()
         self.module = module.to(device)
         self._policy = policy

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hpc_ds.engine.early import gathered, is_cut
 from hpc_ds.engine.piece import own_range
 from hpc_ds.engine.sharding import gather_flat
 from hpc_ds.errors import ConfigError
@@ -178,28 +179,39 @@ def GatheredParameters(  # noqa: N802 - DeepSpeed's name
 ) -> Iterator[None]:
     """Parameters are whole inside. Collective.
 
-    At stage 3 look at them through the module (``module.weight``), where the whole ones stand meanwhile.
+    At stage 3 look at them through the module (``module.weight``), where the whole ones stand meanwhile. Before ``initialize``
+    the parameters themselves are whole. After an error inside, nothing of what was written is kept of those.
 
     Args:
-        params: parameters of engines; others are passed over.
+        params: parameters of engines, or sharded by ``zero.Init``; others are passed over.
         modifier_rank: what this rank writes to them is everybody's afterwards; None: they are only read, and what is written at
-            stage 3 is lost.
+            stage 3, or before ``initialize``, is lost.
         fwd_module: accepted.
         enabled: False does nothing.
     """
     asked = [params] if isinstance(params, torch.Tensor) else list(params)
+    early = [cast("nn.Parameter", param) for param in asked if is_cut(param)]
     mine = [cast("nn.Parameter", param) for param in asked if param in _owners]
-    engines = {id(engine): engine for engine in (_owner(param)[0] for param in mine)}
-    if not enabled or not engines:
+    if not enabled or not (early or mine):
         yield
         return
+    roll_call("GatheredParameters")
+    with gathered(early, modifier_rank), _gathered_by_engine(mine, modifier_rank):
+        yield
+
+
+@contextmanager
+def _gathered_by_engine(parameters: list[nn.Parameter], writer: int | None) -> Iterator[None]:
+    engines = {id(engine): engine for engine in (_owner(parameter)[0] for parameter in parameters)}
     if len(engines) > 1:
         raise ConfigError("GatheredParameters: parameters of several engines; gather those of one after the other")
-    roll_call("GatheredParameters")
-    (engine,) = engines.values()
-    with engine.sharding.gathered(mine, modifier_rank):
+    if not engines:
         yield
-    if modifier_rank is not None:
+        return
+    (engine,) = engines.values()
+    with engine.sharding.gathered(parameters, writer):
+        yield
+    if writer is not None:
         engine.sharding.publish()
 
 
