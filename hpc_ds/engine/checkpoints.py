@@ -41,6 +41,7 @@ class Checkpoints:
         cost: what saves cost so far.
         saved_at: when the last save began, by the monotonic clock.
         saved_step: of the last save that has ended well; None before the first.
+        asked_to_load: whether the script has called ``load_checkpoint``, whatever came of it.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Checkpoints:
         self.cost = SaveCost()
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
+        self.asked_to_load = False
 
     @during("saving")
     def save(
@@ -229,9 +231,10 @@ class Checkpoints:
         optimizer_states: bool,
         lr_scheduler_states: bool,
         module_only: bool,
-    ) -> tuple[str | None, dict[str, Any]]:
+    ) -> tuple[str | None, dict[str, Any] | None]:
         """Load the newest whole checkpoint, or the one named; see ``Engine.load_checkpoint``."""
         roll_call("load_checkpoint")
+        self.asked_to_load = True
         began = time.monotonic()
         self.settle()
         engine = self._engine
@@ -250,7 +253,7 @@ class Checkpoints:
             if engine.global_rank == 0:
                 log.info("checkpoint folder %s: empty; training starts fresh", folder)
             self._watch.resumed(engine.global_samples)
-            return None, {}
+            return None, None
         self._sharding.publish()
         client = loaded.client_state
         if optimizer is not None:

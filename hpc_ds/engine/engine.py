@@ -68,7 +68,9 @@ class Engine(Surface, Storing):
         rank: Rank,
         run: CurrentRun | None,
     ) -> None:
-        self.module = sharding.module
+        super().__init__()
+        # As torch would, and reachable without its detour; what listens to new submodules has seen this one already.
+        self._modules["module"] = vars(self)["module"] = sharding.module
         self.optimizer = optimizer
         self.lr_scheduler: Any = None
         self.training_dataloader: TrainingLoader | None = None
@@ -100,7 +102,7 @@ class Engine(Surface, Storing):
 
     # forward, backward, step
 
-    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's output."""
         mark("forward")
         with self._watch.forward(self.global_steps):
@@ -115,8 +117,6 @@ class Engine(Surface, Storing):
             self._outputs.watch(output)
         mark("idle")
         return output
-
-    forward = __call__
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
         """Accumulate the gradients of one micro-batch. Collective, where the ZeRO stage reduces now.
@@ -208,7 +208,9 @@ class Engine(Surface, Storing):
             CheckpointError: the save on a stop failed; the checkpoints before it are untouched.
         """
         if not self._synchronizes:
-            raise ConfigError("step: inside no_sync the gradients are not complete; leave it first")
+            raise ConfigError(
+                "step: inside no_sync or coalesce_grad_reduction gradients are not complete; leave it first"
+            )
         boundary = self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
         self._applied = False
@@ -313,15 +315,32 @@ class Engine(Surface, Storing):
         stage = self._config.zero_optimization.stage
         if stage > 1:
             raise ConfigError(f"no_sync: ZeRO stage {stage} shards gradients at every micro-batch; use stage 0 or 1")
+        with self._not_completing("no_sync"):
+            yield
+
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Let several backward passes make one step: inside, none of them is its last. Stages 0 and 1 then sum once.
+
+        Stages 2 and 3 shard gradients at every pass all the same: the step is as it should be, and nothing is saved.
+
+        Raises:
+            ConfigError: inside another, or inside ``no_sync``.
+        """
+        with self._not_completing("coalesce_grad_reduction"):
+            yield
+
+    @contextmanager
+    def _not_completing(self, what: str) -> Iterator[None]:
         if not self._synchronizes:
-            raise ConfigError("no_sync: it is entered already; leave it first")
+            raise ConfigError(f"{what}: it is entered already; leave it first")
         self._synchronizes = False
         try:
             yield
         finally:
             self._synchronizes = True
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002 - torch's signature
         """Drop all gradients, also those of a step that is not complete."""
         self.sharding.drop_gradients()
         self._passes.forget()

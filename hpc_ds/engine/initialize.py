@@ -12,7 +12,7 @@ from torch import nn
 
 from hpc_ds.config.batch import BatchSizes, resolve_batch_sizes
 from hpc_ds.config.load import read_training_config
-from hpc_ds.config.training import TrainingConfig, load_training
+from hpc_ds.config.training import TrainingConfig, read_training
 from hpc_ds.engine import activation_checkpointing
 from hpc_ds.engine.client_optimizer import Asked, choose_optimizer
 from hpc_ds.engine.data import Position, TrainingLoader, refuse_iterable
@@ -89,9 +89,10 @@ def initialize(  # noqa: PLR0913 - DeepSpeed's signature
     run = CurrentRun.from_environment()
     rank = init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     _check_local_rank(args, rank)
-    checked, warnings = load_training(*_config_source(config, config_params, args, run))
+    reading = read_training(*_config_source(config, config_params, args, run))
+    checked = reading.config
     sizes = resolve_batch_sizes(checked, rank.world_size, _WHO_SAYS.get(rank.source, rank.source))
-    _tell(run, rank, warnings, checked)
+    _tell(run, rank, reading.warnings, checked)
     model = _usable(model, trains=optimizer is not None or checked.optimizer is not None)
     asked = Asked(model, optimizer, model_parameters)
     activation_checkpointing.use(checked.activation_checkpointing)
@@ -99,6 +100,8 @@ def initialize(  # noqa: PLR0913 - DeepSpeed's signature
     chosen = choose_optimizer(optimizer, asked, checked, sharding)
     engine = Engine(sharding, chosen, checked, sizes, rank, run)
     register(engine)
+    engine.written, engine.collate_fn, engine.training_data = reading.spelled.data, collate_fn, training_data
+    engine.client_optimizer, engine.client_lr_scheduler = optimizer, lr_scheduler
     engine.lr_scheduler = _schedule(lr_scheduler, checked, chosen)
     engine.training_dataloader = _loader(training_data, checked, sizes, rank.rank, collate_fn)
     return engine, chosen, engine.training_dataloader, engine.lr_scheduler

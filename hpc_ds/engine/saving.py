@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from hpc_ds.checkpoint.layout import LATEST
 from hpc_ds.engine.save_cost import FINISH, SAVE, best_interval_s, choice
 from hpc_ds.errors import CheckpointError
 from hpc_ds.runtime import preemption
@@ -39,7 +40,7 @@ class Saving:
         self._engine = engine
         self._checkpoints = checkpoints
         self._run = run
-        self._reserved = False
+        self._reserved, self._first_step = False, True
         self.left_to_the_caller = self.stop_agreed = self.save_due = False
         self._failures_every_s = (run.failures_every_s() if run is not None else None) or _ASSUMED_FAILURES_EVERY_S
 
@@ -73,6 +74,8 @@ class Saving:
             Preempted: some rank was told to stop, and it is not left to the caller.
         """
         run, step = self._run, self._engine.global_steps
+        if run is not None and self._first_step:
+            self._warn_of_a_fresh_start(run)
         by_steps = run is not None and run.every_steps is not None and step % run.every_steps == 0
         self.stop_agreed, self.save_due = agreed.stop, run is not None and (agreed.save or by_steps)
         if agreed.stop and not self.left_to_the_caller:
@@ -81,6 +84,18 @@ class Saving:
             self._checkpoints.settle()
         if run is not None and not self.left_to_the_caller:
             self._save_for(run)
+
+    def _warn_of_a_fresh_start(self, run: CurrentRun) -> None:
+        """Say so if a run that was started again trains from the beginning, for want of one call in the script."""
+        self._first_step = False
+        latest = run.checkpoints / LATEST
+        if run.attempt < 2 or self._checkpoints.asked_to_load or self._engine.global_rank != 0 or not latest.exists():
+            return
+        log.warning(
+            "attempt %d of this run trains from the beginning, and the checkpoints of %s are not used; call "
+            "engine.load_checkpoint() before the first step",
+            run.attempt, run.checkpoints,
+        )  # fmt: skip
 
     def _save_for(self, run: CurrentRun) -> None:
         if run.saves_behind and (run.every_steps or run.every_minutes) and not self._reserved:

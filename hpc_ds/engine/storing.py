@@ -9,6 +9,7 @@ import torch
 
 from hpc_ds.engine.surface import compute_dtype
 from hpc_ds.engine.weights import load_whole, save_whole, whole_state
+from hpc_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from hpc_ds.config.training import TrainingConfig
@@ -32,6 +33,7 @@ class Storing:
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
+        client_sd: dict[str, Any] | None = None,
     ) -> bool:
         """Save everything a resume needs, whole or not at all. Collective: call it on every rank.
 
@@ -41,13 +43,22 @@ class Storing:
             client_state: anything made of tensors, numbers, text, lists and dicts; kept for the saves that follow.
             save_latest: whether a later load without a tag shall find it first.
             exclude_frozen_parameters: leave out parameters that need no gradient.
+            client_sd: another name of client_state, as in DeepSpeed's guide.
+
+        Returns:
+            True.
 
         Raises:
+            ConfigError: client_state and client_sd are both given.
             CheckpointError: the same on every rank; nothing of this save is visible, and training can go on.
             RankError: some rank did not call it.
         """
-        frozen = not exclude_frozen_parameters
-        self._checkpoints.save(save_dir, tag, client_state, save_latest=save_latest, frozen=frozen)
+        if client_state is not None and client_sd is not None:
+            raise ConfigError(
+                "save_checkpoint: client_state and client_sd are two names of one thing; give one of them"
+            )
+        frozen, client = not exclude_frozen_parameters, client_sd if client_state is None else client_state
+        self._checkpoints.save(save_dir, tag, client, save_latest=save_latest, frozen=frozen)
         return True
 
     def load_checkpoint(
@@ -58,7 +69,8 @@ class Storing:
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
-    ) -> tuple[str | None, dict[str, Any]]:
+        custom_load_fn: Any = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
         """Load a checkpoint made at any ZeRO stage and world size. Collective.
 
         Args:
@@ -68,14 +80,21 @@ class Storing:
             load_optimizer_states: whether the optimizer's state and the loss scale come back.
             load_lr_scheduler_states: whether the schedule comes back.
             load_module_only: weights only: no optimizer, schedule, counters or data position.
+            custom_load_fn: must be None: each rank reads the parts that it needs, and no whole state dict is made.
 
         Returns:
-            The checkpoint's folder and the client state; ``(None, {})`` when there is none and no tag was asked for.
+            The checkpoint's folder and the client state; ``(None, None)`` when there is none and no tag was asked for.
 
         Raises:
+            ConfigError: custom_load_fn is given.
             CheckpointError: the same on every rank; see ``checkpoint.reader.find``.
             RankError: some rank did not call it.
         """
+        if custom_load_fn is not None:
+            raise ConfigError(
+                "load_checkpoint: custom_load_fn needs a whole state dict, and each rank reads its own parts; take up what fits "
+                "by load_module_strict=False, or give engine.load_module_state_dict a state dict of your own"
+            )
         return self._checkpoints.load(
             load_dir,
             tag,

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
 
+from hpc_ds.engine.answers import Answers
 from hpc_ds.engine.autocast import autocast_dtype
 from hpc_ds.engine.compiling import compile_blocks
+from hpc_ds.engine.data import Position, TrainingLoader, refuse_iterable
+from hpc_ds.engine.lacking import LACKING
 from hpc_ds.engine.sharding import find_blocks
 from hpc_ds.errors import ConfigError
+from hpc_ds.runtime.preemption import ignore_in_worker
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from hpc_ds.config.batch import BatchSizes
     from hpc_ds.config.training import Fp16Config, TrainingConfig
     from hpc_ds.engine.agreement import Agreed
@@ -22,13 +27,12 @@ if TYPE_CHECKING:
     from hpc_ds.engine.sharding import Sharding
 
 
-class Surface:
+class Surface(Answers, nn.Module):
     """Questions with short answers, and settings; ``Engine`` is made of this and of the training itself."""
 
-    module: nn.Module
-    optimizer: torch.optim.Optimizer | None
     sharding: Sharding
-    _config: TrainingConfig
+    lr_scheduler: Any
+    training_dataloader: TrainingLoader | None
     _sizes: BatchSizes
     _loss_scale: LossScale
     _agreed: Agreed | None
@@ -51,19 +55,90 @@ class Surface:
         self._sizes = replace(self._sizes, train=train_batch_size, accumulation=train_batch_size // together)
         self.micro_steps = self.global_steps * self._sizes.accumulation
 
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the samples of a micro-batch, and so those of a step. A loader that is made already keeps its own.
+
+        Raises:
+            ConfigError: it is less than 1.
+        """
+        if micro_batch_size < 1:
+            raise ConfigError(f"train_micro_batch_size_per_gpu {micro_batch_size}: less than one sample; use 1 or more")
+        sizes = self._sizes
+        self._sizes = replace(
+            sizes, micro=micro_batch_size, train=micro_batch_size * sizes.accumulation * sizes.world_size
+        )
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """Samples of a step, samples of a micro-batch, and micro-batches of a step."""
+        return self._sizes.train, self._sizes.micro, self._sizes.accumulation
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Any = None,
+        num_local_io_workers: int | None = None,
+    ) -> Any:
+        """A loader of this rank's micro-batches.
+
+        Args:
+            dataset: a map-style dataset.
+            batch_size: samples of one micro-batch; default: the config's.
+            route: "train" for batches in random order, with a position that ``register_state`` lets ride along in checkpoints;
+                "eval" or "predict" for the samples in order.
+            pin_memory: page-locked host memory, where there is a GPU.
+            data_sampler: says which samples, instead.
+            collate_fn: default: the one given to ``initialize``.
+            num_local_io_workers: processes that read; default: none.
+
+        Raises:
+            ConfigError: an IterableDataset, or fewer samples than a batch needs.
+        """
+        refuse_iterable(dataset)
+        collate, workers = collate_fn or self.collate_fn, num_local_io_workers or 0
+        micro = batch_size or self._sizes.micro
+        if route == "train" and data_sampler is None:
+            sizes = replace(self._sizes, micro=micro, train=micro * self._sizes.accumulation * self.world_size)
+            config = self._config
+            position = Position(
+                len(dataset), config.seed, sizes, self.global_rank, drop_last=config.dataloader_drop_last
+            )
+            return TrainingLoader(dataset, position, collate, self._device, workers)
+        sampler = data_sampler or DistributedSampler(dataset, self.world_size, self.global_rank, shuffle=False)
+        return DataLoader(
+            dataset,
+            micro,
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=pin_memory and self._device.type == "cuda",
+            drop_last=self._config.dataloader_drop_last,
+            worker_init_fn=ignore_in_worker,
+        )
+
+    def empty_partition_cache(self) -> None:
+        """Drop parameters that a forward without a backward has gathered, and give free memory back to the device."""
+        self.sharding.reshard()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def compile(self, backend: str | None = None, compile_kwargs: dict[str, Any] | None = None) -> None:
         """Compile every block of the module with torch.compile."""
         section, zero = self._config.compile, self._config.zero_optimization
         blocks = find_blocks(self.module, zero.blocks) or [self.module]
         compile_blocks(blocks, backend or section.backend, compile_kwargs or section.kwargs)
 
-    def train(self, mode: bool = True) -> None:
+    def train(self, mode: bool = True) -> None:  # type: ignore[override] # as DeepSpeed's, it returns nothing
         """Put the module in training mode."""
+        self.training = mode
         self.module.train(mode)
 
-    def eval(self) -> None:
+    def eval(self) -> None:  # type: ignore[override]
         """Put the module in evaluation mode."""
-        self.module.eval()
+        self.train(mode=False)
 
     def get_global_grad_norm(self) -> float | None:
         """Norm of the last step's gradients, unscaled, before clipping; None before the first."""
@@ -79,10 +154,16 @@ class Surface:
         return [group.get("betas", group.get("momentum")) for group in groups]
 
     def tell_optimizer(self) -> None:
-        """Let the optimizer have what scripts read there: ``overflow`` of the last step, ``cur_scale`` and ``loss_scale``."""
+        """Let the optimizer have what scripts ask of DeepSpeed's.
+
+        That is ``overflow`` of the last step, ``cur_scale`` and ``loss_scale`` in use, and ``get_lr`` and ``set_lr``.
+        """
         if self.optimizer is not None:
             overflowed, scale = self._agreed is not None and self._agreed.overflowed, self._loss_scale.value
             vars(self.optimizer).update(overflow=overflowed, cur_scale=scale, loss_scale=scale)
+            vars(self.optimizer).update(
+                get_lr=partial(_first_rate, self.optimizer), set_lr=partial(_set_rates, self.optimizer)
+            )
 
     def was_step_applied(self) -> bool:
         """Whether the last call of ``step`` moved parameters."""
@@ -99,38 +180,6 @@ class Surface:
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches of one step."""
         return self._sizes.accumulation
-
-    def zero_optimization_stage(self) -> int:
-        """The ZeRO stage."""
-        return self._config.zero_optimization.stage
-
-    def zero_optimization(self) -> bool:
-        """Whether anything is sharded."""
-        return self._config.zero_optimization.stage > 0
-
-    def fp16_enabled(self) -> bool:
-        """Whether compute is fp16."""
-        return self._config.fp16.enabled
-
-    def bfloat16_enabled(self) -> bool:
-        """Whether compute is bf16."""
-        return self._config.bf16.enabled
-
-    def gradient_clipping(self) -> float:
-        """The largest norm that gradients may have; 0 for any."""
-        return self._config.gradient_clipping
-
-    def dynamic_loss_scale(self) -> bool:
-        """Whether the loss scale moves."""
-        return self._config.fp16.enabled and self._config.fp16.loss_scale == 0
-
-    def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        """Whole weights can always be gathered."""
-        return True
-
-    def loss_scale(self) -> float:
-        """The loss scale of the config: 0 for one that moves, 1 without fp16. The one in use is ``cur_scale``."""
-        return self._config.fp16.loss_scale if self._config.fp16.enabled else 1.0
 
     @property
     def cur_scale(self) -> float:
@@ -151,9 +200,24 @@ class Surface:
 
     def __getattr__(self, name: str) -> Any:
         """Whatever the engine does not have is the module's."""
-        if name in {"module", "sharding"} or name.startswith("__"):
+        module = self.__dict__.get("module")
+        if module is None or name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.module, name)
+        try:
+            return getattr(module, name)
+        except AttributeError:
+            if name in LACKING:
+                raise AttributeError(f"engine.{name}: hpc_ds has no such thing; {LACKING[name]}") from None
+            raise
+
+
+def _first_rate(optimizer: torch.optim.Optimizer) -> float:
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def compute_dtype(config: TrainingConfig) -> torch.dtype | None:

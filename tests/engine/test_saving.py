@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -116,3 +117,33 @@ def test_saves_and_stops_may_be_left_to_the_caller(tmp_path: Path) -> None:
     asked = run_ranks(left_to_the_caller, 2, str(tmp_path))
     assert asked == [[(False, False), (False, False), (False, True), (True, False), (True, True)]] * 2
     assert not (tmp_path / "checkpoints").exists()
+
+
+def started_again(_rank: int, folder: str) -> list[list[str]]:
+    """Warnings of three starts: the first, one that does not load, and one that does."""
+    os.environ["HPCDS_RUN_DIR"] = folder
+    Path(folder, "config.json").write_text(json.dumps({"checkpoint": {"every_steps": 2, "async": False}}))
+    config = {"train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    told: list[list[str]] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told[-1].append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hpc_ds").addHandler(handler)
+    for attempt in (1, 2, 3):
+        told.append([])
+        os.environ["HPCDS_ATTEMPT"] = str(attempt)
+        engine, *_ = hpc_ds.initialize(model=torch.nn.Linear(3, 1), config=config)
+        if attempt == 3:
+            engine.load_checkpoint()
+        for _ in range(2):
+            engine.backward(engine(torch.ones(1, 3)).mean())
+            engine.step()
+    return told
+
+
+@pytest.mark.ranks
+def test_a_run_started_again_that_loads_nothing_is_told_once(tmp_path: Path) -> None:
+    ((first, second, third),) = run_ranks(started_again, 1, str(tmp_path))
+    assert first == third == []
+    (warning,) = second
+    assert warning.startswith(f"attempt 2 of this run trains from the beginning, and the checkpoints of {tmp_path}")
+    assert warning.endswith("are not used; call engine.load_checkpoint() before the first step")

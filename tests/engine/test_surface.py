@@ -422,12 +422,44 @@ def test_no_sync(pair: Outcomes, stage: int) -> None:
         else:
             assert rank["said"] == [
                 "ConfigError: no_sync: it is entered already; leave it first",
-                "ConfigError: step: inside no_sync the gradients are not complete; leave it first",
+                "ConfigError: step: inside no_sync or coalesce_grad_reduction gradients are not complete; leave it first",
             ]
             assert_near(rank["weights"], plain(squared, steps=1)[0])
             assert rank["steps"] == 1
             losses = [squared(Small(), batch_of(each, 0, micro)) for each in range(WORLD_SIZE) for micro in range(2)]
             assert rank["loss"] == pytest.approx(sum(losses).item() / 4, rel=1e-6)
+
+
+def coalesced(rank: int, stage: int) -> tuple[torch.Tensor, list[str]]:
+    """All passes of a step inside, the step outside."""
+    engine = start(stage)
+
+    def step_inside() -> None:
+        with engine.coalesce_grad_reduction():
+            engine.step()
+
+    def nested() -> None:
+        with engine.coalesce_grad_reduction(), engine.coalesce_grad_reduction():
+            raise AssertionError("unreachable")
+
+    words = [said(step_inside), said(nested)]
+    for step in range(2):
+        with engine.coalesce_grad_reduction():
+            for micro in range(ACCUMULATION):
+                engine.backward(engine(batch_of(rank, step, micro)).square().mean() / ACCUMULATION)
+        engine.step()
+    return weights(engine), words
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_backward_passes_of_one_step_may_be_put_together(pair: Outcomes, stage: int) -> None:
+    wanted, _ = plain(squared)
+    for found, words in pair[f"coalesced {stage}"]:
+        assert_near(found, wanted)
+        assert [word.split(";")[0] for word in words] == [
+            "ConfigError: step: inside no_sync or coalesce_grad_reduction gradients are not complete",
+            "ConfigError: coalesce_grad_reduction: it is entered already",
+        ]
 
 
 def other_batch_size(rank: int, stage: int) -> dict[str, Any]:
@@ -700,6 +732,6 @@ def pair(folder: Path) -> Outcomes:
             place = folder / f"saved {name} {stage}"
             place.mkdir()
             cases[f"saved_file {name} {stage}"] = (saved_file, (stage, precision, place))
-        for function in (mixed, after_an_error, by_hand, with_graph, apart, other_batch_size, questions):
+        for function in (mixed, after_an_error, by_hand, with_graph, apart, coalesced, other_batch_size, questions):
             cases[f"{function.__name__} {stage}"] = (function, (stage,))
     return run_cases(WORLD_SIZE, cases, worlds=2)
