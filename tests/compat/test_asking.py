@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from whole_runs import Runs
 
 from hpc_ds.cli.entry import main
 from hpc_ds.cli.run import run
@@ -238,3 +239,17 @@ def test_a_module_of_the_current_folder_is_not_taken_for_ours(tmp_path: Path) ->
         ["deepspeed", "--help"], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.local
+def test_a_run_without_it_only_sees_other_libraries(tmp_path: Path) -> None:
+    """Its ranks keep what the job says of PYTHONPATH, and find no deepspeed that they did not find before."""
+    tell = (
+        "import os, sys; print(os.environ['PYTHONPATH'], type(sys.meta_path[0]).__name__, 'HPCDS_PYTHON' in os.environ)"
+    )
+    job = {"command": [sys.executable, "-c", tell], "env": {"PYTHONPATH": f"/mine{os.pathsep}{REPOSITORY}"}}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    run = Runs(tmp_path, os.environ).submit(tmp_path / "job.json", "--site", "local")
+    assert run.wait_until_over()["state"] == "finished", run.story()
+    log = (run.folder / "logs" / "attempt-1" / "rank-0.log").read_text()
+    assert log == f"{COMPAT / 'startup'}{os.pathsep}/mine{os.pathsep}{REPOSITORY} HpcdsHook False\n"
