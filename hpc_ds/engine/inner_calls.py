@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def gather_at_inner_calls(root: nn.Module, sharded: Iterable[nn.Module], gather: Callable[[], None]) -> None:
+def gather_at_inner_calls(root: nn.Module, sharded: Iterable[Any], gather: Callable[[], None]) -> None:
     """Let every module outside of blocks have its own parameters gathered when it is called by itself.
 
     Args:
