@@ -52,6 +52,8 @@ BUILTIN_ERRORS = {
     },
     # A program that breaks the contract of a function: a fault of its author, who needs the traceback.
     "TypeError": {("", "")},
+    # What an import is answered with: Python's own words would hide ours.
+    "ImportError": {("compat/modules.py", "find_spec")},
     # The rank was told to stop: a SystemExit of our own.
     "Preempted": {("engine/", "")},
     # Leaving the command line.
@@ -270,7 +272,8 @@ def test_only_the_command_line_prints() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func) in {"print", "typer.echo", "sys.stdout.write"}
     ]
-    assert [where for where in printing if not where.startswith("cli/")] == []
+    # DeepSpeed's functions that print, print for the script that calls them.
+    assert [where for where in printing if not where.startswith(("cli/", "compat/logs.py"))] == []
 
 
 def test_the_environment_is_read_where_the_list_says() -> None:

@@ -20,10 +20,11 @@ PATH = Path(__file__).with_name("path")
 def activate() -> None:
     """Let ``import deepspeed`` find hpc_ds from now on, here and in the processes that this one starts.
 
-    Call it before anything that looks for DeepSpeed is imported: transformers and accelerate look when they are.
+    Call it before anything that looks for DeepSpeed is imported: transformers and accelerate look when they are. Sets what
+    ``environment.py`` lists.
 
     Raises:
-        ConfigError: the real one is imported already.
+        ConfigError: the real one is imported already, or the folder of hpc_ds has a name that no path can hold.
     """
     loaded = sys.modules.get("deepspeed")
     if loaded is not None and not str(getattr(loaded, "__file__", "")).startswith(str(PATH)):
@@ -31,9 +32,10 @@ def activate() -> None:
             f"deepspeed: the package at {getattr(loaded, '__file__', None)!r} is imported already; call "
             "hpc_ds.compat.activate() before it, first in the script"
         )
+    from hpc_ds.compat.environment import variables_of_the_name, variables_of_the_rank
+    from hpc_ds.compat.startup.sitecustomize import install
+
+    os.environ.update({**variables_of_the_name(os.environ), **variables_of_the_rank(os.environ)})
     folder = str(PATH)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    before = os.environ.get("PYTHONPATH", "")
-    if folder not in before.split(os.pathsep):
-        os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{before}" if before else folder
+    sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
+    install()

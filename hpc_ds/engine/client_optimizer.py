@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hpc_ds.engine.lamb import Lamb
 from hpc_ds.engine.optimizers import elementwise, make_optimizer
 from hpc_ds.engine.piece import own_range
 from hpc_ds.errors import ConfigError
@@ -70,8 +71,8 @@ def choose_optimizer(
         ConfigError: it has taken steps, or would be wrong on ranges of parameters.
     """
     groups = asked.groups(sharding)
+    piece_of = {piece.master: piece for piece in sharding.pieces}
     if given is None:
-        piece_of = {piece.master: piece for piece in sharding.pieces}
         return None if config.optimizer is None else make_optimizer(config.optimizer, groups, piece_of)
     if isinstance(given, torch.optim.Optimizer):
         made = _moved(given, groups, asked.states, sharding)
@@ -79,7 +80,9 @@ def choose_optimizer(
         flat = asked.names is None or not any(isinstance(item, dict) for item in asked.names)
         made = given(groups[0]["params"] if flat else groups)
     stage = config.zero_optimization.stage
-    if stage > 0 and not elementwise(type(made)) and not config.zero_allow_untested_optimizer:
+    if isinstance(made, Lamb):
+        made.piece_of = piece_of
+    elif stage > 0 and not elementwise(type(made)) and not config.zero_allow_untested_optimizer:
         raise ConfigError(
             f"optimizer {type(made).__name__}: at ZeRO stage {stage} it sees ranges of parameters, which is right only if it "
             "treats each element by itself; set zero_allow_untested_optimizer to true if it does, else use stage 0"

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 
 class Lamb(OwnOptimizer):
-    """Layer-wise adaptive moments, over pieces of parameters."""
+    """Layer-wise adaptive moments, over pieces of parameters.
+
+    Attributes:
+        piece_of: what each parameter is; one that is not there is a whole one, which every rank has.
+    """
 
     def __init__(  # noqa: PLR0913 - DeepSpeed's signature
         self,
@@ -42,7 +46,7 @@ class Lamb(OwnOptimizer):
         max_coeff: float = 10.0,
         min_coeff: float = 0.01,
     ) -> None:
-        self._piece_of = piece_of
+        self.piece_of = piece_of
         defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
         defaults |= {"eps_inside_sqrt": eps_inside_sqrt, "weight_decay": weight_decay}
         super().__init__(groups, {**defaults, "max_coeff": max_coeff, "min_coeff": min_coeff})
@@ -75,8 +79,8 @@ class Lamb(OwnOptimizer):
     def _norms(self, parameters: list[torch.Tensor], updates: list[torch.Tensor]) -> torch.Tensor:
         """The norms of whole parameters and of their whole updates, (2, parameters) fp32. Collective."""
         norms = [*torch._foreach_norm(parameters), *torch._foreach_norm(updates)]  # noqa: SLF001
-        of = [self._piece_of[one] for one in (*parameters, *parameters)]
-        ranges = [index for index, piece in enumerate(of) if not piece.shared]
+        of = [self.piece_of.get(one) for one in (*parameters, *parameters)]
+        ranges = [index for index, piece in enumerate(of) if piece is not None and not piece.shared]
         if ranges:
             squares = torch.stack([norms[index].double() for index in ranges]).square()
             dist.all_reduce(squares)

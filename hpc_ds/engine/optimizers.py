@@ -54,9 +54,11 @@ _REFUSED_PARAMS = {
 def elementwise(optimizer_class: type) -> bool:
     """Whether an optimizer updates each element by itself, so that it may work on ranges of parameters.
 
-    Of classes that are neither torch's nor ours nobody knows, subclasses included.
+    Of classes that are neither torch's nor ours nobody knows, subclasses included, unless one says so itself: ``elementwise``
+    among its own attributes.
     """
-    return optimizer_class in {Lion, UncorrectedAdam, *(getattr(torch.optim, name) for name in _ELEMENTWISE)}
+    known = {Lion, UncorrectedAdam, *(getattr(torch.optim, name) for name in _ELEMENTWISE)}
+    return optimizer_class in known or bool(vars(optimizer_class).get("elementwise"))
 
 
 def make_optimizer(
