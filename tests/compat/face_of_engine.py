@@ -123,106 +123,32 @@ class Small(nn.Module):
         return self.down(torch.tanh(self.up(x))).float().square().mean()
 
 
-METHODS = [
-    "bf16_master_weights_and_gradients",
-    "bf16_optimizer_states",
-    "bfloat16_enabled",
-    "checkpoint_serialization_enabled",
-    "checkpoint_tag_validation_enabled",
-    "checkpoint_tag_validation_fail",
-    "checkpoint_writer_enabled",
-    "compile_autosp",
-    "compile_autotp",
-    "curriculum_learning_enabled",
-    "data_efficiency_enabled",
-    "data_sampling_enabled",
-    "dataloader_drop_last",
-    "dump_state",
-    "dynamic_loss_scale",
-    "flops_profiler_detailed",
-    "flops_profiler_enabled",
-    "flops_profiler_module_depth",
-    "flops_profiler_output_file",
-    "flops_profiler_profile_step",
-    "flops_profiler_recompute_fwd_factor",
-    "flops_profiler_top_modules",
-    "fp16_auto_cast",
-    "fp16_enabled",
-    "fp16_master_weights_and_gradients",
-    "get_data_types",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "gradient_predivide_factor",
-    "initial_dynamic_scale",
-    "is_deepcompile_active",
-    "is_deepcompile_enabled",
-    "is_first_weights_partition_group",
-    "is_sanity_checks_enabled",
-    "load_universal_checkpoint",
-    "log_level",
-    "loss_scale",
-    "managed_gradient_accumulation",
-    "memory_breakdown",
-    "optimizer_legacy_fusion",
-    "optimizer_name",
-    "optimizer_params",
-    "postscale_gradients",
-    "random_ltd_enabled",
-    "scheduler_name",
-    "scheduler_params",
-    "steps_per_print",
-    "super_offload",
-    "torch_autocast_dtype",
-    "torch_autocast_enabled",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "use_node_local_storage",
-    "wall_clock_breakdown",
-    "zenflow_config",
-    "zero_allgather_bucket_size",
-    "zero_allgather_partitions",
-    "zero_allgather_sequential",
-    "zero_allow_untested_optimizer",
-    "zero_compute_grad_norm",
-    "zero_contiguous_gradients",
-    "zero_cpu_offload",
-    "zero_elastic_checkpoint",
-    "zero_force_ds_cpu_optimizer",
-    "zero_gather_16bit_weights_on_model_save",
-    "zero_hpz_partition_size",
-    "zero_ignore_unused_parameters",
-    "zero_legacy_stage1",
-    "zero_load_from_fp32_weights",
-    "zero_log_trace_cache_warnings",
-    "zero_max_live_parameters",
-    "zero_max_reuse_distance",
-    "zero_model_persistence_threshold",
-    "zero_module_granularity_threshold",
-    "zero_multi_rank_bucket_allreduce",
-    "zero_nvme_offload_optimizer",
-    "zero_offload_optimizer",
-    "zero_offload_param",
-    "zero_optimization",
-    "zero_optimization_partition_gradients",
-    "zero_optimization_partition_weights",
-    "zero_optimization_stage",
-    "zero_overlap_comm",
-    "zero_param_persistence_threshold",
-    "zero_parameter_alignment",
-    "zero_partial_offload",
-    "zero_prefetch_bucket_size",
-    "zero_quantized_gradients",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_weights",
-    "zero_reduce_bucket_size",
-    "zero_reduce_scatter",
-    "zero_round_robin_gradients",
-    "zero_save_muon_momentum_buffer_in_memory",
-    "zero_sub_group_size",
-    "zero_use_cpu_optimizer",
-    "autotp_size",
-    "autotuning_enabled",
-]
+_METHODS = """
+autotp_size autotuning_enabled bf16_master_weights_and_gradients bf16_optimizer_states bfloat16_enabled
+checkpoint_serialization_enabled checkpoint_tag_validation_enabled checkpoint_tag_validation_fail
+checkpoint_writer_enabled compile_autosp compile_autotp curriculum_learning_enabled data_efficiency_enabled
+data_sampling_enabled dataloader_drop_last dump_state dynamic_loss_scale flops_profiler_detailed
+flops_profiler_enabled flops_profiler_module_depth flops_profiler_output_file flops_profiler_profile_step
+flops_profiler_recompute_fwd_factor flops_profiler_top_modules fp16_auto_cast fp16_enabled
+fp16_master_weights_and_gradients get_data_types gradient_accumulation_steps gradient_clipping
+gradient_predivide_factor initial_dynamic_scale is_deepcompile_active is_deepcompile_enabled
+is_first_weights_partition_group is_sanity_checks_enabled load_universal_checkpoint log_level loss_scale
+managed_gradient_accumulation memory_breakdown optimizer_legacy_fusion optimizer_name optimizer_params
+postscale_gradients random_ltd_enabled scheduler_name scheduler_params steps_per_print super_offload
+torch_autocast_dtype torch_autocast_enabled train_batch_size train_micro_batch_size_per_gpu use_node_local_storage
+wall_clock_breakdown zenflow_config zero_allgather_bucket_size zero_allgather_partitions zero_allgather_sequential
+zero_allow_untested_optimizer zero_compute_grad_norm zero_contiguous_gradients zero_cpu_offload
+zero_elastic_checkpoint zero_force_ds_cpu_optimizer zero_gather_16bit_weights_on_model_save zero_hpz_partition_size
+zero_ignore_unused_parameters zero_legacy_stage1 zero_load_from_fp32_weights zero_log_trace_cache_warnings
+zero_max_live_parameters zero_max_reuse_distance zero_model_persistence_threshold zero_module_granularity_threshold
+zero_multi_rank_bucket_allreduce zero_nvme_offload_optimizer zero_offload_optimizer zero_offload_param
+zero_optimization zero_optimization_partition_gradients zero_optimization_partition_weights zero_optimization_stage
+zero_overlap_comm zero_param_persistence_threshold zero_parameter_alignment zero_partial_offload
+zero_prefetch_bucket_size zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights
+zero_reduce_bucket_size zero_reduce_scatter zero_round_robin_gradients zero_save_muon_momentum_buffer_in_memory
+zero_sub_group_size zero_use_cpu_optimizer
+"""
+METHODS = _METHODS.split()
 
 
 def questions(payload: dict[str, Any]) -> dict[str, Any]:
