@@ -5,8 +5,8 @@
 The same script, the same `ds_config.json`: once `deepspeed` is hpc_ds under its name, once DeepSpeed itself, as it is
 installed for the tests (`python tests/install_deepspeed_peer.py`). GPT-2 made from its config, micro-batch 4 x 64 tokens a
 rank, bf16, AdamW, clipping at 1; gloo on CPUs, NCCL where there are GPUs; one thread a rank. Every contestant runs in
-processes of its own, which wait while the others have their turn. A step is timed from `on_step_begin` to `on_step_end`. One JSON line a
-contestant (median ms of a step), then one with the ratios and goals: 0.75 of a step, 0.3 of the import.
+processes of its own, which wait while the others have their turn. A step is timed from `on_step_begin` to `on_step_end`.
+One JSON line a question, with medians, ratio and goal: 0.3 of the import, 0.75 of a step.
 """
 
 from __future__ import annotations
