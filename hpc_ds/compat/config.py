@@ -86,6 +86,7 @@ def _sections(config: TrainingConfig) -> dict[str, Any]:
         "activation_checkpointing_config": config.activation_checkpointing,
         "compile_config": config.compile,
         "checkpoint_config": config.checkpoint,
+        "monitor_config": config,
     }
 
 
