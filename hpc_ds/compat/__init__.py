@@ -20,20 +20,21 @@ PATH = Path(__file__).with_name("path")
 def activate() -> None:
     """Let ``import deepspeed`` find hpc_ds from now on, here and in the processes that this one starts.
 
-    Call it before anything that looks for DeepSpeed is imported: transformers and accelerate look when they are.
+    A real DeepSpeed that is installed too stays where it is, and is not found. Call this before anything that looks for
+    DeepSpeed is imported: transformers and accelerate look when they are.
 
     Raises:
         ConfigError: the real one is imported already.
     """
+    from hpc_ds.compat.environment import variables_of_the_name
+    from hpc_ds.compat.startup import sitecustomize
+
     loaded = sys.modules.get("deepspeed")
-    if loaded is not None and not str(getattr(loaded, "__file__", "")).startswith(str(PATH)):
+    if loaded is not None and not str(getattr(loaded, "__file__", "")).startswith(f"{PATH}{os.sep}"):
         raise ConfigError(
             f"deepspeed: the package at {getattr(loaded, '__file__', None)!r} is imported already; call "
             "hpc_ds.compat.activate() before it, first in the script"
         )
-    folder = str(PATH)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    before = os.environ.get("PYTHONPATH", "")
-    if folder not in before.split(os.pathsep):
-        os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{before}" if before else folder
+    sys.path[:] = [str(PATH), *(folder for folder in sys.path if folder != str(PATH))]
+    os.environ.update(variables_of_the_name(os.environ))
+    sitecustomize.install()
