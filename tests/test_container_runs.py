@@ -41,13 +41,15 @@ from hpc_ds.runtime.run import CurrentRun
 run = CurrentRun.from_environment()
 rank = os.environ.get("RANK") or os.environ["SLURM_PROCID"]
 seen = {"image": os.environ["IMAGE"], "cwd": os.getcwd(), "args": sys.argv[1:], "attempt": run.attempt}
+folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+seen["ours"] = [pathlib.Path(folder).name for folder in folders if "/hpc_ds/compat/" in folder]
 pathlib.Path(run.files.root, f"seen-{rank}.json").write_text(json.dumps(seen))
 sys.exit(75 if run.attempt == 1 else 0)
 """
 ARGS = ["a b", "it's $HOME"]
 
 
-def check_run(folder: Path, env: dict[str, str], site: str) -> None:
+def check_run(folder: Path, env: dict[str, str], site: str, compat: str | None = None) -> None:
     fake_program(folder / "bin", "apptainer", APPTAINER)
     (folder / "train.py").write_text(PROGRAM)
     (folder / "torch 2.sif").write_text("")
@@ -57,7 +59,7 @@ def check_run(folder: Path, env: dict[str, str], site: str) -> None:
         "python": sys.executable,
         "binds": ["/data"],
     }
-    job = {"script": "train.py", "args": ARGS, "runtime": runtime, "resources": {"tasks_per_node": 2}}
+    job = {"script": "train.py", "args": ARGS, "runtime": runtime, "resources": {"tasks_per_node": 2}, "compat": compat}
     (folder / "job.json").write_text(json.dumps(job))
     runs = Runs(folder, {**env, "PATH": f"{folder / 'bin'}:{env['PATH']}"})
     run = runs.submit(folder / "job.json", "--site", site, "--time", "10")
@@ -70,13 +72,14 @@ def check_run(folder: Path, env: dict[str, str], site: str) -> None:
             "cwd": str(folder),
             "args": ARGS,
             "attempt": 2,
+            "ours": ["path", "startup"] if compat else [],  # paths of the host are none of the container's
         }
         assert set((run.folder / f"mounted-{rank}").read_text().splitlines()) == {str(folder), "/data"}
 
 
 @pytest.mark.local
 def test_ranks_in_a_container_on_this_machine(tmp_path: Path) -> None:
-    check_run(tmp_path, dict(os.environ), "local")
+    check_run(tmp_path, dict(os.environ), "local", "deepspeed")
 
 
 @pytest.mark.slurm

@@ -98,6 +98,16 @@ def test_the_command_and_the_module_are_the_same(installed: Path, tmp_path: Path
     assert run(installed / "bin" / "hpcds", "hostfile", "n[1-2]", cwd=tmp_path) == "n1 slots=1\nn2 slots=1\n"
 
 
+def test_the_name_deepspeed_comes_with_it(installed: Path, tmp_path: Path) -> None:
+    """With its commands, which must still be programs, and run with the interpreter that has the wheel."""
+    (tmp_path / "train.py").write_text("import deepspeed, sys; print(deepspeed.__file__, sys.executable)")
+    for command in ("deepspeed", "ds"):
+        wrapped = [installed / "bin" / "python", "-m", "hpc_ds.compat", command, "--num_gpus=1", "train.py"]
+        package, interpreter = run(*wrapped, cwd=tmp_path).split()
+        assert Path(package).is_relative_to(installed)
+        assert Path(interpreter) == installed / "bin" / "python"
+
+
 def test_a_whole_job_runs_without_the_checkout(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("import hpc_ds; print(hpc_ds.__file__)")
     told = run(installed / "bin" / "hpcds", "submit", "train.py", "--site", "local", "--follow", cwd=tmp_path)

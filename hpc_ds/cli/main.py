@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from hpc_ds.cli import checkpoint, config, doctor, hostfile, init, rerun, runs, site, status, submit
+from hpc_ds.cli import checkpoint, compat, config, doctor, hostfile, init, rerun, runs, site, status, submit
 from hpc_ds.version import __version__
 
 
@@ -50,6 +50,7 @@ app.command(
     add_help_option=False,
     context_settings={"allow_extra_args": True, "allow_interspersed_args": False, "ignore_unknown_options": True},
 )(run_ranks)
+app.command("compat")(compat.compat)
 app.command("hostfile")(hostfile.hostfile)
 app.command(
     "doctor",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpc_ds.cli.run_options import help_text, parse, swallowed
 from hpc_ds.errors import ConfigError
-from hpc_ds.launch.environment import chosen, exported, is_file, with_folder
+from hpc_ds.launch.environment import chosen, exported, is_file, with_folder, with_the_name
 from hpc_ds.launch.gres import with_gpus
 from hpc_ds.launch.plan import LaunchPlan
 from hpc_ds.launch.resources import Wish, choose
@@ -187,10 +187,12 @@ def _ours(environ: Mapping[str, str], cwd: str) -> dict[str, str]:
 
 def _command(values: dict[str, Any], script: list[str]) -> tuple[tuple[str, ...], int | None]:
     """What ranks run, and where in it the local rank goes."""
-    python = [] if values.get("no_python") else [sys.executable, "-u"]
+    front = with_the_name(sys.executable) if values.get("as_deepspeed") else []
+    if not values.get("no_python"):
+        front += [sys.executable, "-u"]
     if values.get("module"):
-        python.append("-m")
-    return (*python, *script), None if values.get("no_local_rank") else len(python) + 1
+        front.append("-m")
+    return (*front, *script), None if values.get("no_local_rank") else len(front) + 1
 
 
 def _split(text: str) -> tuple[str, ...]:

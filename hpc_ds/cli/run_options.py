@@ -59,6 +59,7 @@ OPTIONS = (
     Option("module", "flag", 2, "SCRIPT is a module: python -m SCRIPT."),
     Option("no_python", "flag", 2, "SCRIPT is a program of any kind."),
     Option("no_local_rank", "flag", 2, "Do not give --local_rank=N to the script."),
+    Option("as_deepspeed", "flag", 2, "In SCRIPT, import deepspeed means hpc_ds.", own=True),
     Option("env", "list", 3, "Set a variable for every rank; several times.", "NAME=VALUE", own=True),
     Option("env_file", "list", 3, "Set those of a file with a NAME=VALUE a line; several times.", "FILE", own=True),
     Option("prefix", "flag", 3, "Begin each line of output with its rank.", own=True),

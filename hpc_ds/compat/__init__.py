@@ -20,21 +20,22 @@ PATH = Path(__file__).with_name("path")
 def activate() -> None:
     """Let ``import deepspeed`` find hpc_ds from now on, here and in the processes that this one starts.
 
-    A real DeepSpeed that is installed too stays where it is, and is not found. Call this before anything that looks for
-    DeepSpeed is imported: transformers and accelerate look when they are.
+    Call it before anything that looks for DeepSpeed is imported: transformers and accelerate look when they are. Sets what
+    ``environment.py`` lists.
 
     Raises:
-        ConfigError: the real one is imported already.
+        ConfigError: the real one is imported already, or the folder of hpc_ds has a name that no path can hold.
     """
-    from hpc_ds.compat.environment import variables_of_the_name
-    from hpc_ds.compat.startup import sitecustomize
-
     loaded = sys.modules.get("deepspeed")
-    if loaded is not None and not str(getattr(loaded, "__file__", "")).startswith(f"{PATH}{os.sep}"):
+    if loaded is not None and not str(getattr(loaded, "__file__", "")).startswith(str(PATH)):
         raise ConfigError(
             f"deepspeed: the package at {getattr(loaded, '__file__', None)!r} is imported already; call "
             "hpc_ds.compat.activate() before it, first in the script"
         )
-    sys.path[:] = [str(PATH), *(folder for folder in sys.path if folder != str(PATH))]
-    os.environ.update(variables_of_the_name(os.environ))
-    sitecustomize.install()
+    from hpc_ds.compat.environment import variables_of_the_name, variables_of_the_rank
+    from hpc_ds.compat.startup.sitecustomize import install
+
+    os.environ.update({**variables_of_the_name(os.environ), **variables_of_the_rank(os.environ)})
+    folder = str(PATH)
+    sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
+    install()

@@ -17,14 +17,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpc_ds.errors import ConfigError, RankError
-from hpc_ds.runtime.rank import rank_from_environment
+from hpc_ds.errors import ConfigError, NodeListError, RankError
+from hpc_ds.launch.allocation import components_of
+from hpc_ds.launch.node_list import expand_counts
+from hpc_ds.runtime.rank import in_slurm_step, rank_from_environment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _HERE = Path(__file__).parent
-_FOLDERS = {"PYTHONPATH": (str(_HERE / "path"), str(_HERE / "startup")), "PATH": (str(_HERE / "bin"),)}
+_STARTUP = str(_HERE / "startup")
+_FOLDERS = {"PYTHONPATH": (str(_HERE / "path"), _STARTUP), "PATH": (str(_HERE / "bin"),)}
 
 
 def variables_of_the_name(environ: Mapping[str, str]) -> dict[str, str]:
@@ -38,6 +41,11 @@ def variables_of_the_name(environ: Mapping[str, str]) -> dict[str, str]:
     return {**found, "HPCDS_PYTHON": sys.executable}
 
 
+def variables_of_the_startup(environ: Mapping[str, str]) -> dict[str, str]:
+    """What lets our integrations see other libraries, and changes nothing else; nothing where no path can hold it."""
+    return {} if os.pathsep in _STARTUP else {"PYTHONPATH": in_front(environ.get("PYTHONPATH", ""), _STARTUP)}
+
+
 def variables_of_the_rank(environ: Mapping[str, str]) -> dict[str, str]:
     """Who this rank is, where it is not said in the words that scripts read; nothing where no launcher says it whole."""
     try:
@@ -47,9 +55,21 @@ def variables_of_the_rank(environ: Mapping[str, str]) -> dict[str, str]:
     if me is None or not me.placed:
         return {}
     said = {"RANK": me.rank, "LOCAL_RANK": me.local_rank, "WORLD_SIZE": me.world_size}
-    if me.local_world_size is not None:
-        said["LOCAL_WORLD_SIZE"] = me.local_world_size
+    beside = me.local_world_size or _tasks_of_this_node(environ)
+    if beside is not None:
+        said["LOCAL_WORLD_SIZE"] = beside
     return {name: str(number) for name, number in said.items() if not environ.get(name)}
+
+
+def _tasks_of_this_node(environ: Mapping[str, str]) -> int | None:
+    """Of a Slurm step; None where it is none, or the components of a heterogeneous job number their nodes anew."""
+    node, counts = environ.get("SLURM_NODEID", ""), environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    if components_of(environ) > 1 or not (in_slurm_step(environ) and node.isdecimal() and counts):
+        return None
+    try:
+        return expand_counts(counts)[int(node)]
+    except (NodeListError, IndexError):
+        return None
 
 
 def in_front(path: str, *folders: str) -> str:

@@ -264,6 +264,9 @@ class JobConfig(Model):
     script: Line | None = None
     args: list[str] = Field(default_factory=list)
     command: Annotated[list[str], Field(min_length=1)] | None = None
+    compat: Literal["deepspeed"] | None = Field(
+        None, description="what hpc_ds is also called: import deepspeed finds it"
+    )
     workdir: Line | None = Field(None, description="where the ranks start; default: the job file's folder")
     site: Line = "auto"
     resources: Resources = Field(default_factory=Resources)

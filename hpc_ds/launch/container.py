@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from hpc_ds.config.job import python_of
 from hpc_ds.errors import ConfigError, RunError
+from hpc_ds.launch.environment import with_the_name
 from hpc_ds.run_dir import write_atomic
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def rank_command(job: JobConfig, site: SiteConfig, run: RunDir) -> list[str]:
     runtime = job.runtime
     python = runtime.python if runtime.in_container else python_of(job)
     program = list(job.command) if job.command is not None else [python, "-u", str(job.script)]
-    argv = [*program, *job.args]
+    front = with_the_name(python) if job.compat == "deepspeed" else []
+    argv = [*front, *program, *job.args]
     options = _options(job, site)
     if runtime.kind == "apptainer":
         gpus = "--rocm" if site.gpu_vendor == "amd" else "--nv"

@@ -66,6 +66,11 @@ def with_folder(python_path: str | None, folder: str) -> str:
     return f"{folder}{os.pathsep}{python_path}" if python_path else folder
 
 
+def with_the_name(python: str) -> list[str]:
+    """The words in front of a program that is to find hpc_ds under the name ``deepspeed``."""
+    return [python, "-m", "hpc_ds.compat"]
+
+
 def chosen(environ: Mapping[str, str], files: Sequence[str] = (), pairs: Iterable[str] = ()) -> dict[str, str]:
     """What a user has chosen for the ranks: the ``.deepspeed_env`` files, ``--env-file`` and ``--env``.
 

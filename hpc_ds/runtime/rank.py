@@ -125,6 +125,17 @@ def mpi_sign(environ: Mapping[str, str]) -> str:
     return next((name for name in _MPI_SIGNS if environ.get(name)), "")
 
 
+def by_mpi(me: Rank, environ: Mapping[str, str]) -> bool:
+    """Whether MPI can introduce the ranks to each other: it, or its starter, says who this one is.
+
+    RANK and its like may have been set besides, for code that reads them before ``init_distributed``.
+    """
+    if me.source in MPI_SOURCES:
+        return True
+    starter = _of_mpi(environ) if me.source == "env" and not in_slurm_step(environ) else None
+    return starter is not None and (starter.rank, starter.world_size) == (me.rank, me.world_size)
+
+
 def local_rank_from_environment(environ: Mapping[str, str]) -> int | None:
     """The index on this node, whatever launcher says it; None where none does.
 
@@ -203,12 +214,7 @@ def _number(name: str, environ: Mapping[str, str]) -> int:
 
 def _refuse_contradiction(found: Rank, environ: Mapping[str, str]) -> None:
     """RANK exported in the shell before srun or mpirun makes every process the same rank."""
-    if in_slurm_step(environ):
-        below: Rank | None = _read(_SLURM, environ)
-    else:
-        below = rank_from_environment(
-            {name: environ[name] for table in _MPI_TABLES for name in _names(table) if name in environ}
-        )
+    below = _read(_SLURM, environ) if in_slurm_step(environ) else _of_mpi(environ)
     if below is None:
         return
     seen, starter = _seen(environ), _STARTERS[below.source]
@@ -221,6 +227,13 @@ def _refuse_contradiction(found: Rank, environ: Mapping[str, str]) -> None:
     if below.world_size == found.world_size > 1 and below.rank != found.rank:
         name = next(table.rank for table in (_SLURM, *_MPI_TABLES) if table.source == below.source)
         raise RankError(f"RANK {found.rank}: contradicts {name} {below.rank}; unset RANK before {starter}", seen)
+
+
+def _of_mpi(environ: Mapping[str, str]) -> Rank | None:
+    """What MPI's starter says, whatever others say."""
+    return rank_from_environment(
+        {name: environ[name] for table in _MPI_TABLES for name in _names(table) if name in environ}
+    )
 
 
 def _names(table: _Table) -> tuple[str, ...]:

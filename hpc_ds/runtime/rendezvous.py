@@ -31,7 +31,7 @@ from hpc_ds.launch.address import named_interfaces, own_address, own_addresses, 
 from hpc_ds.launch.node_list import expand
 from hpc_ds.run_dir import read_object, write_atomic
 from hpc_ds.runtime import mpi, pmi
-from hpc_ds.runtime.rank import MPI_SOURCES, Rank, in_slurm_step
+from hpc_ds.runtime.rank import Rank, by_mpi, in_slurm_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -117,7 +117,7 @@ def find_place(me: Rank, port: int, deadline: Deadline, ask_mpi: bool) -> Place:
         raise RankError(
             f"MASTER_ADDR {address!r}, MASTER_PORT {master_port!r}: only one is set; set both or none", seen
         )
-    if me.source in MPI_SOURCES and ask_mpi:
+    if ask_mpi and by_mpi(me, os.environ):
         return _told_by_mpi(me, port, deadline)
     return _through_file(me, port, deadline)
 

@@ -79,7 +79,7 @@ class Preflight:
         python = job.runtime.python if job.runtime.in_container else python_of(job)
         words = [python, "-u", "-m", "hpc_ds.runtime.doctor", f"--folder={self._records}", f"--limit={limit_s:g}"]
         words += [f"--look-at={place}" for place in places]
-        self.job = job.model_copy(update={"command": words, "script": None, "args": []})
+        self.job = job.model_copy(update={"command": words, "script": None, "args": [], "compat": None})
         self.limit_s = limit_s + _GRACE_S
         self._site = site
         self._slow = options.slow

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_ds.cluster.connect import scheduler_named
 from hpc_ds.cluster.process import node_name
+from hpc_ds.compat.environment import variables_of_the_startup
 from hpc_ds.config.load import load_resolved, load_site
 from hpc_ds.errors import RefusedError, RunError
 from hpc_ds.launch.allocation import components_of
@@ -256,6 +257,8 @@ class Supervisor:
             "HPCDS_ATTEMPT": str(number),
             "HPCDS_DEADLINE": str(files.deadline),
         }
+        if job.compat is None and not job.runtime.in_container:
+            environ |= variables_of_the_startup(environ)
         prepare_container(job, self._run)
         if self._site.scheduler == "local":
             argv = rank_command(job, self._site, self._run)

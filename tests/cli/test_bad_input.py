@@ -54,6 +54,11 @@ BAD: dict[tuple[str, ...], tuple[int, str]] = {
     ("submit", "job.json", "--time", "soon", *SLURM): (2, "job.json: resources.time 'soon': not a time limit"),
     ("submit", "job.json", "--time", "0:10", *SLURM): (2, "resources.time '0:10': not longer than restart.lead 30 s"),
     ("submit", "job.json", "--name", "a/b", *SLURM): (2, "job.json: name 'a/b': not a run name"),
+    ("submit", "job.json", "--set", "compat=foo"): (
+        2,
+        "job.json: compat 'foo': not one of the choices; use 'deepspeed'",
+    ),
+    ("compat", "--shell", "csh"): (2, "--shell 'csh': not a shell whose lines are known; use sh or fish"),
     ("submit", "job.json", "--training", "none.json"): (2, "training config '"),
     ("submit", "job.json", "--set", 'env_from=["NOT_THERE"]', *SLURM): (
         2,
@@ -102,6 +107,8 @@ BAD: dict[tuple[str, ...], tuple[int, str]] = {
 # The same of `hpcds run`, whose lines say so.
 BAD_RUN: dict[tuple[str, ...], str] = {
     ("run",): "script: missing; write hpcds run [OPTIONS] SCRIPT [ARGS]",
+    ("run", "--as-deepspeed"): "script: missing; write hpcds run [OPTIONS] SCRIPT [ARGS]",
+    ("run", "--as-deepspeed", "none.py"): "script 'none.py': no such file; name one",
     ("run", "none.py"): "script 'none.py': no such file; name one",
     ("run", "folder/../none.py"): "script 'folder/../none.py': no such file",
     ("run", "--nodes", "2", "train.py"): "--nodes: no such option; options of the script go behind the script",

@@ -32,6 +32,7 @@ LINES = {
     "--num_gpus -1 train.py": {"num_gpus": -1},
     "--env A=1 --env B=2 --env-file f train.py": {"env": ["A=1", "B=2"], "env_file": ["f"]},
     "--host hosts --save --inc a train.py": {"hostfile": "hosts", "save_pid": True, "include": "a"},
+    "--as-deepspeed --num_gpus 2 train.py": {"as_deepspeed": True, "num_gpus": 2},
     "--launcher_args -v --module -- train.py": {"launcher_args": "-v", "module": True},
     "--grace 2.5 --dry-run --json train.py": {"grace": 2.5, "dry_run": True, "json": True},
     "--include= --enable_each_rank_log None train.py": {"include": "", "enable_each_rank_log": "None"},

@@ -157,23 +157,34 @@ FILTERS = [
     ("", "worker-9"),
     ("", "worker-2:2"),
 ]
-READ = (
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps world_size global_rank zero_enabled "
-    "zero_optimization_stage zero_config.stage zero_config.reduce_bucket_size float16_config.enabled gradient_clipping "
-    "float16_config.initial_scale_power float16_config.loss_scale bfloat16_config.enabled optimizer_name optimizer_params "
-    "scheduler_name scheduler_params steps_per_print prescale_gradients gradient_predivide_factor gradient_allreduce_op "
-    "wall_clock_breakdown dump_state dataloader_drop_last zero_allow_untested_optimizer communication_data_type "
-    "checkpoint_tag_validation_enabled checkpoint_tag_validation_fail torch_autocast_enabled torch_autocast_dtype "
-    "monitor_config.csv_monitor.enabled load_universal_checkpoint use_node_local_storage memory_breakdown log_level"
-).split()
+READ = [
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "world_size", "global_rank",
+    "zero_enabled", "zero_optimization_stage", "zero_config.stage", "zero_config.reduce_bucket_size",
+    "float16_config.enabled", "gradient_clipping", "float16_config.initial_scale_power", "float16_config.loss_scale",
+    "bfloat16_config.enabled", "optimizer_name", "optimizer_params", "scheduler_name", "scheduler_params",
+    "steps_per_print", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op",
+    "wall_clock_breakdown", "dump_state", "dataloader_drop_last", "zero_allow_untested_optimizer",
+    "communication_data_type", "checkpoint_tag_validation_enabled", "checkpoint_tag_validation_fail",
+    "torch_autocast_enabled", "torch_autocast_dtype", "monitor_config.csv_monitor.enabled", "load_universal_checkpoint",
+    "use_node_local_storage", "memory_breakdown", "log_level",
+]  # fmt: skip
 ADAM = {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95]}}
 WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}
 CONFIGS: list[dict[str, Any]] = [
     {"train_batch_size": 8, "optimizer": ADAM, "scheduler": WARMUP, "gradient_clipping": 0.5},
     {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3, "bf16": {"enabled": True}},
-    {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}, "dump_state": True},
+    {
+        "train_batch_size": 12,
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 3},
+        "dump_state": True,
+    },
     {"train_batch_size": 4, "fp16": {"enabled": True, "initial_scale_power": 8}, "zero_optimization": {"stage": 2}},
-    {"train_batch_size": 4, "optimizer": {"type": "SGD", "params": {"lr": 1}}, "checkpoint": {"tag_validation": "Fail"}},
+    {
+        "train_batch_size": 4,
+        "optimizer": {"type": "SGD", "params": {"lr": 1}},
+        "checkpoint": {"tag_validation": "Fail"},
+    },
     {"train_batch_size": 4, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "csv_monitor": {"enabled": True}},
     {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 3},
     {"gradient_accumulation_steps": 3},
@@ -208,7 +219,11 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     }
     (theirs,) = run_deepspeed(SCRIPT, 1, payload)
     ask = "import json, runpy, sys; print(json.dumps(runpy.run_path(sys.argv[1])['answer'](json.load(sys.stdin))))"
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(compat.PATH), str(REPOSITORY)]), "CUDA_VISIBLE_DEVICES": ""}
+    environ = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(compat.PATH), str(REPOSITORY)]),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(
         [sys.executable, "-c", ask, str(SCRIPT)],
         input=json.dumps(payload),

@@ -6,20 +6,24 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from deepspeed_peer import FOLDER, REPOSITORY, VERSION
 
 from hpc_ds import compat
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 OURS, REAL, HOUSE = str(compat.PATH), str(FOLDER), str(REPOSITORY)
 
 
 def told(code: str, *path: str, **environ: str) -> Any:
     """What a program of a few lines prints as JSON, with these folders on its path."""
-    kept = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK"}}
+    kept = {
+        key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    }
     done = subprocess.run(
         [sys.executable, "-c", f"import json, sys\n{code}"],
         env={**kept, "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(path), **environ},
@@ -186,9 +190,17 @@ print(json.dumps([before == sys.path and sys.path[0], subprocess.run(ask, captur
 
 def test_modules_with_a_command_line_run(tmp_path: Path) -> None:
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([OURS, HOUSE])}
-    for module, word in (("deepspeed.utils.zero_to_fp32", "--safe_serialization"), ("deepspeed.launcher.runner", "--hostfile")):
+    for module, word in (
+        ("deepspeed.utils.zero_to_fp32", "--safe_serialization"),
+        ("deepspeed.launcher.runner", "--hostfile"),
+    ):
         done = subprocess.run(
-            [sys.executable, "-m", module, "--help"], env=environ, capture_output=True, text=True, check=False, cwd=tmp_path
+            [sys.executable, "-m", module, "--help"],
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr
         assert word in done.stdout

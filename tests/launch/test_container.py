@@ -45,6 +45,19 @@ def test_every_word_of_the_program_arrives(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_name_deepspeed_is_asked_for_within(kind: str) -> None:
+    job = job_of({"kind": kind, "image": "torch", "python": "/py"}, compat="deepspeed")
+    assert rank_command(job, site_of(), RUN)[-6:] == [
+        "/py",
+        "-m",
+        "hpc_ds.compat",
+        "/py",
+        "-u",
+        "/home/ada/gpt/train.py",
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_options_of_the_site_come_before_those_of_the_job(kind: str) -> None:
     site = site_of(container_options={kind: ["--of-site"], "shifter" if kind != "shifter" else "edf": ["--other"]})
     job = job_of({"kind": kind, "image": "torch", "options": ["--of-job"]})
@@ -65,6 +78,9 @@ def test_without_a_container_nothing_is_around_the_program() -> None:
     job = job_of({"kind": "venv", "path": "/venv"})
     assert rank_command(job, site_of(), RUN) == ["/venv/bin/python", "-u", "/home/ada/gpt/train.py"]
     assert container_options(job, site_of(container_options={"pyxis": ["--x"]}), RUN) == []
+    named = job_of({"kind": "venv", "path": "/venv"}, script=None, command=["accelerate", "launch"], compat="deepspeed")
+    wrapped = ["/venv/bin/python", "-m", "hpc_ds.compat", "accelerate", "launch"]
+    assert rank_command(named, site_of(), RUN) == wrapped
     assert mounts(job, RUN) == []
 
 

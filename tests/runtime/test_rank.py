@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hpc_ds.errors import HpcdsError, RankError
 from hpc_ds.runtime.rank import (
     Rank,
+    by_mpi,
     in_slurm_step,
     local_rank_from_environment,
     mpi_sign,
@@ -89,6 +90,26 @@ RANKS: dict[str, tuple[dict[str, str], Rank | None]] = {
 @pytest.mark.parametrize(("environ", "expected"), RANKS.values(), ids=RANKS)
 def test_every_launcher_is_understood(environ: dict[str, str], expected: Rank | None) -> None:
     assert rank_from_environment(environ) == expected
+
+
+INTRODUCED = {
+    "by Open MPI": (OPENMPI, True),
+    "by Open MPI, and RANK is set too": ({**OPENMPI, "RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}, True),
+    "by a launcher of several ranks on each of MPI's": (
+        {**OPENMPI, "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}, False,
+    ),
+    "by a step, which has a place of its own": (
+        {**STEP, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "PMI_RANK": "3", "PMI_SIZE": "4"}, False,
+    ),
+    "by torchrun": (TORCHRUN, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("environ", "expected"), INTRODUCED.values(), ids=INTRODUCED)
+def test_whether_mpi_can_introduce_the_ranks(environ: dict[str, str], expected: bool) -> None:
+    me = rank_from_environment(environ)
+    assert me is not None
+    assert by_mpi(me, environ) == expected
 
 
 def without(environ: dict[str, str], *names: str) -> dict[str, str]:
