@@ -31,15 +31,16 @@ def values(names: list[str]) -> dict[str, Any]:
 
 
 def parameters(names: list[str]) -> dict[str, list[str] | None]:
-    """The names of what functions and classes take, in their order."""
+    """The names of what functions and classes take, in their order; None for those that take any name."""
     return {name: parameters_of(named(name)) for name in names}
 
 
 def parameters_of(value: Any) -> list[str] | None:
     try:
-        return list(inspect.signature(value).parameters)
+        taken = inspect.signature(value).parameters.values()
     except (TypeError, ValueError):
         return None
+    return None if any(one.kind is one.VAR_KEYWORD for one in taken) else [one.name for one in taken]
 
 
 def named(dotted: str) -> Any:

@@ -258,7 +258,7 @@ def test_functions_take_what_deepspeeds_take(both: tuple[dict[str, Any], dict[st
     lacking_parameters = {}
     for name, wanted in theirs.items():
         taken = ours[name]
-        if wanted is None or taken is None or {"args", "kwargs", "_args", "_kwargs"} & {*taken}:
+        if wanted is None or taken is None:
             continue
         left = [one for one in wanted if one not in taken]
         if left and name.rpartition(".")[0] not in {"deepspeed.comm", "deepspeed.comm.comm"}:  # see test_comm.py
