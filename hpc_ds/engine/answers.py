@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from hpc_ds.config.known_keys import ACCEPTED, REFUSED
+from hpc_ds.config.known_names import OPTIMIZERS
 from hpc_ds.config.spelling import look_up
 from hpc_ds.engine.autocast import autocast_dtype
 
@@ -35,7 +36,6 @@ KEYS = {
     "managed_gradient_accumulation": "managed_gradient_accumulation",
     "optimizer_legacy_fusion": "optimizer.legacy_fusion",
     "log_level": "log_level",
-    "aio_config": "aio",
     "use_node_local_storage": "checkpoint.use_node_local_storage",
     "load_universal_checkpoint": "checkpoint.load_universal",
     "checkpoint_serialization_enabled": "checkpoint.checkpoint_serialization",
@@ -57,7 +57,6 @@ KEYS = {
     "zero_allow_untested_optimizer": "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer": "zero_force_ds_cpu_optimizer",
     "zero_reduce_scatter": f"{_ZERO}.reduce_scatter",
-    "zero_overlap_comm": f"{_ZERO}.overlap_comm",
     "zero_partial_offload": f"{_OPTIMIZER}.ratio",
     "super_offload": f"{_OPTIMIZER}.super_offload",
     "zero_sub_group_size": f"{_ZERO}.sub_group_size",
@@ -161,6 +160,11 @@ class Answers:
 
     is_first_weights_partition_group = zero_optimization_partition_weights
 
+    def zero_overlap_comm(self) -> bool:
+        """What the config says, which has no effect: communication always overlaps where the device can."""
+        written = self.config_value("zero_optimization.overlap_comm")
+        return self.zero_optimization_partition_weights() if written is None else bool(written)
+
     def zero_cpu_offload(self) -> bool:
         """Whether the optimizer's state is in host memory."""
         return self.zero_offload_optimizer() is not None
@@ -194,10 +198,14 @@ class Answers:
         return not self._config.prescale_gradients
 
     def optimizer_name(self) -> str | None:
-        """The class of the script's optimizer, else the type in the config."""
+        """The class of the script's optimizer, else the type in the config; in small letters, if DeepSpeed knows it."""
         if self.client_optimizer is not None:
             return type(self.client_optimizer).__name__
-        return None if self._config.optimizer is None else self._config.optimizer.type
+        if self._config.optimizer is None:
+            return None
+        name = self._config.optimizer.type
+        its_own = {known.lower() for known in OPTIMIZERS if known != "SGD"}
+        return name.lower() if name.lower() in its_own else name
 
     def optimizer_params(self) -> dict[str, Any] | None:
         """The optimizer's arguments in the config."""
@@ -229,9 +237,9 @@ class Answers:
         """The type in which gradients travel."""
         return TYPES[self._config.communication_data_type or self._config.compute]
 
-    def torch_autocast_dtype(self) -> torch.dtype:
-        """What autocast casts to."""
-        return autocast_dtype(self._config.torch_autocast)
+    def torch_autocast_dtype(self) -> torch.dtype | None:
+        """What autocast casts to; None without it."""
+        return autocast_dtype(self._config.torch_autocast) if self._config.torch_autocast.enabled else None
 
     def get_data_parallel_rank(self) -> int:
         """This rank: all are data-parallel."""

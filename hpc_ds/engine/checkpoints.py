@@ -41,6 +41,7 @@ class Checkpoints:
         cost: what saves cost so far.
         saved_at: when the last save began, by the monotonic clock.
         saved_step: of the last save that has ended well; None before the first.
+        tells: whether the run is told of each save; not where it is only a part of what the caller saves.
         asked_to_load: whether the script has called ``load_checkpoint``, whatever came of it.
     """
 
@@ -61,6 +62,7 @@ class Checkpoints:
         self.cost = SaveCost()
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
+        self.tells = True
         self.asked_to_load = False
 
     @during("saving")
@@ -78,10 +80,23 @@ class Checkpoints:
         self.settle()
         began = self.saved_at = time.monotonic()
         client = self._client_state if client_state is None else client_state
-        tag = str(tag) if tag is not None else f"global_step{self._engine.global_steps}"
+        tag = self._agreed_tag(str(tag) if tag is not None else f"global_step{self._engine.global_steps}")
         content = self._agreed_content(client, frozen=frozen, by_itself=False)
         self._save_now(self._folder_for(save_dir), tag, content, began, save_latest=save_latest)
         self._client_state = client
+
+    def _agreed_tag(self, tag: str) -> str:
+        """Rank 0's, where ranks name different ones and the config does not make an error of it."""
+        tags = together(f"checkpoint {tag!r}: not saved", lambda: tag)
+        other = next((rank for rank, given in enumerate(tags) if given != tags[0]), None)
+        validates = self._engine.config_value("checkpoint.tag_validation").lower()
+        if other is not None and validates != "ignore":
+            differ = f"checkpoint {tags[0]!r}: rank {other} gives it the tag {tags[other]!r}"
+            if validates == "fail":
+                raise CheckpointError(f"{differ}; give the same on every rank")
+            if self._engine.global_rank == 0:
+                log.warning("%s; that of rank 0 is used", differ)
+        return tags[0]
 
     @during("saving")
     def save_by_itself(self, *, behind: bool) -> None:
@@ -120,7 +135,8 @@ class Checkpoints:
     def _saved(self, step: int, tag: str, seconds: float) -> None:
         self.cost.durable_s = seconds
         stall_s = seconds if self.cost.stall_s is None else self.cost.stall_s
-        self._engine.record("saved", step=step, tag=tag, seconds=round(seconds, 3), stall_s=round(stall_s, 3))
+        if self.tells:
+            self._engine.record("saved", step=step, tag=tag, seconds=round(seconds, 3), stall_s=round(stall_s, 3))
 
     def running(self) -> bool:
         """Whether a save is being written behind the training, as far as this rank knows."""

@@ -41,11 +41,11 @@ _INSTEAD = {
         "random_ltd_scheduler set_custom_curriculum_learning_schedule set_data_post_process_func"
     ),
     "it is inside DeepSpeed's engine; there is no need of it here": (
-        "checkpoint_engine collect_python_gc cpuadam_cores_perc dont_change_device dynamic_loss_scale_args "
+        "aio_config checkpoint_engine collect_python_gc cpuadam_cores_perc dont_change_device dynamic_loss_scale_args "
         "get_optimizer_configuration inside_no_sync_ctxt is_iterable_style_dataset is_map_style_dataset "
         "loaded_checkpoint_dp_world_size loaded_checkpoint_mp_world_size losses optimized_linear_base_weight_sharding "
         "optimized_linear_lora_enabled save_non_zero_checkpoint save_zero_checkpoint scale_wrt_gas get_type "
-        "torch_autocast_lower_precision_safe_modules torch_autocast_z0_gradscaler warn_unscaled_loss"
+        "torch_autocast_lower_precision_safe_modules torch_autocast_z0_gradscaler zenflow warn_unscaled_loss"
     ),
 }
 
