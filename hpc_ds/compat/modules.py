@@ -96,6 +96,12 @@ def furnish(name: str) -> None:
     below = [other.rpartition(".")[2] for other in NAMES if other.rpartition(".")[0] == name]
     shown = sorted({*table, *below})
     vars(module).update(__getattr__=__getattr__, __all__=sorted(table), __dir__=lambda: sorted({*shown, *vars(module)}))
+    for attribute in table:
+        if f"{name}.{attribute}" in NAMES:
+            # A name that is a module's too, as utils.z3_leaf_module: loading the module puts it in this place, so now and not
+            # later, as the real package does.
+            importlib.import_module(f"{name}.{attribute}")
+            vars(module).pop(attribute)
     if name == TOP:
         vars(module).update(_TOLD, **_PARTS)
 
