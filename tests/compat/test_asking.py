@@ -83,6 +83,18 @@ def test_a_script_that_activates_it_finds_it() -> None:
     check(told(sys.executable, "-c", below))
 
 
+def test_where_both_are_there_each_is_found_where_it_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed" / "__init__.py").write_text("")
+    (tmp_path / "deepspeed-0.19.8.dist-info").mkdir()
+    (tmp_path / "deepspeed-0.19.8.dist-info" / "METADATA").write_text("Name: deepspeed\nVersion: 0.19.8\n")
+    path = f"{tmp_path}{os.pathsep}{REPOSITORY}"
+    theirs = told(sys.executable, "-c", f"import hpc_ds, hpc_ds.compat\n{TELL}", PYTHONPATH=path)
+    assert (theirs["package"], theirs["version"]) == (str(tmp_path / "deepspeed" / "__init__.py"), "0.19.8")
+    check(told(*WRAPPER, sys.executable, "-c", TELL, PYTHONPATH=path))
+    check(told(sys.executable, "-c", f"import hpc_ds.compat\nhpc_ds.compat.activate()\n{TELL}", PYTHONPATH=path))
+
+
 def test_a_real_one_that_is_loaded_stays(tmp_path: Path) -> None:
     (tmp_path / "deepspeed.py").write_text("")
     late = "import deepspeed, hpc_ds.compat\ntry:\n hpc_ds.compat.activate()\nexcept hpc_ds.ConfigError as error:\n print(error)\n"
@@ -217,6 +229,26 @@ def test_what_a_rank_runs(
     assert run(["--as_deepspeed", "--dry-run", "--json", "--venv_script", "activate", *options, *text.split()]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["hosts"][0]["ranks"][0]["command"][-len(COMMANDS[text]) :] == COMMANDS[text]
+
+
+def test_a_file_that_accelerate_wrote_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It writes all of its environment there, also what a batch script has set for ranks."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    Path("train.py").write_text("")
+    Path(".deepspeed_env").write_text("A=1\nMASTER_ADDR=n1\nRANK=0\nB=2\n")
+    assert run(["--as-deepspeed", "--dry-run", "--json", "--num_gpus=1", "train.py"]) == 0
+    said = capsys.readouterr()
+    assert {"A": "1", "B": "2"}.items() <= json.loads(said.out)["environment"].items()
+    assert said.err.splitlines() == [
+        f"hpcds run: {tmp_path}/.deepspeed_env, line {line}: {name} is set by the launcher itself; passed over"
+        for line, name in ((2, "MASTER_ADDR"), (3, "RANK"))
+    ]
+    with pytest.raises(ConfigError, match="line 2: MASTER_ADDR is set by the launcher; use --master_addr"):
+        run(["--dry-run", "--num_gpus=1", "train.py"])
 
 
 def test_the_command_deepspeed_is_hpcds_run() -> None:
