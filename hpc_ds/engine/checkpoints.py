@@ -318,6 +318,7 @@ class Checkpoints:
             "train_batch_size": engine.train_batch_size(),
             "loss_scale": self._loss_scale.state_dict(),
             "tied": train_state.tied_names(engine.module),
+            "frozen": [kept.name for kept in self._sharding.kept() if kept.frozen],
             "data": None
             if loader is None
             else loader.state_dict(engine.micro_steps % engine.gradient_accumulation_steps()),
