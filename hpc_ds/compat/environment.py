@@ -18,9 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpc_ds.errors import ConfigError, NodeListError, RankError
-from hpc_ds.launch.allocation import components_of
-from hpc_ds.launch.node_list import expand_counts
-from hpc_ds.runtime.rank import in_slurm_step, rank_from_environment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +25,8 @@ if TYPE_CHECKING:
 _HERE = Path(__file__).parent
 _STARTUP = str(_HERE / "startup")
 _FOLDERS = {"PYTHONPATH": (str(_HERE / "path"), _STARTUP), "PATH": (str(_HERE / "bin"),)}
+
+_OF_THE_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 def variables_of_the_name(environ: Mapping[str, str]) -> dict[str, str]:
@@ -48,6 +47,10 @@ def variables_of_the_startup(environ: Mapping[str, str]) -> dict[str, str]:
 
 def variables_of_the_rank(environ: Mapping[str, str]) -> dict[str, str]:
     """Who this rank is, where it is not said in the words that scripts read; nothing where no launcher says it whole."""
+    if all(environ.get(name) for name in _OF_THE_RANK):
+        return {}
+    from hpc_ds.runtime.rank import rank_from_environment  # longer than all else here
+
     try:
         me = rank_from_environment(environ)
     except RankError:  # the program says so where it matters to it
@@ -63,8 +66,11 @@ def variables_of_the_rank(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _tasks_of_this_node(environ: Mapping[str, str]) -> int | None:
     """Of a Slurm step; None where it is none, or the components of a heterogeneous job number their nodes anew."""
+    from hpc_ds.launch.allocation import components_of, is_task
+    from hpc_ds.launch.node_list import expand_counts
+
     node, counts = environ.get("SLURM_NODEID", ""), environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-    if components_of(environ) > 1 or not (in_slurm_step(environ) and node.isdecimal() and counts):
+    if components_of(environ) > 1 or not (is_task(environ) and node.isdecimal() and counts):
         return None
     try:
         return expand_counts(counts)[int(node)]

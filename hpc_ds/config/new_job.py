@@ -12,6 +12,7 @@ _COMMENTS = {
     "name": "of the run and of the Slurm job",
     "script": 'what every rank runs, or "command": ["any", "program"] instead; relative to this file',
     "args": "its arguments; those after -- on the command line are added",
+    "compat": "scripts that import deepspeed find hpc_ds",
     "site": "a name of `hpcds site list`, a site file, or auto: the cluster that submit is called on",
     "training": "the DeepSpeed JSON; hpc_ds.initialize() finds it by itself",
     "resources.nodes": "machines",

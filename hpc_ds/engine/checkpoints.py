@@ -41,6 +41,7 @@ class Checkpoints:
         cost: what saves cost so far.
         saved_at: when the last save began, by the monotonic clock.
         saved_step: of the last save that has ended well; None before the first.
+        tells: whether the run is told of each save; not where it is only a part of what the caller saves.
         asked_to_load: whether the script has called ``load_checkpoint``, whatever came of it.
     """
 
@@ -61,6 +62,7 @@ class Checkpoints:
         self.cost = SaveCost()
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
+        self.tells = True
         self.asked_to_load = False
 
     @during("saving")
@@ -133,7 +135,8 @@ class Checkpoints:
     def _saved(self, step: int, tag: str, seconds: float) -> None:
         self.cost.durable_s = seconds
         stall_s = seconds if self.cost.stall_s is None else self.cost.stall_s
-        self._engine.record("saved", step=step, tag=tag, seconds=round(seconds, 3), stall_s=round(stall_s, 3))
+        if self.tells:
+            self._engine.record("saved", step=step, tag=tag, seconds=round(seconds, 3), stall_s=round(stall_s, 3))
 
     def running(self) -> bool:
         """Whether a save is being written behind the training, as far as this rank knows."""

@@ -29,6 +29,7 @@ from hpc_ds.engine.compute_types import compute_dtypes, modules_apart, usual_typ
 from hpc_ds.engine.deferred import Deferred
 from hpc_ds.engine.early import restore
 from hpc_ds.engine.exchange import DirectAllGather, DirectReduceScatter, Exchange
+from hpc_ds.engine.inner_calls import gather_at_inner_calls
 from hpc_ds.engine.piece import Piece, own_range
 from hpc_ds.engine.scalars import Scalars
 from hpc_ds.engine.sharding import (
@@ -88,6 +89,7 @@ class FullySharded(Sharding):
         for block in (*find_blocks(module, block_names), module):
             self._deferred.make_real(until=block)
             self._shard(block)
+        gather_at_inner_calls(module, self._sharded_modules(), self._gather_root)
         trainable = [(name, value) for name, value in module.named_parameters() if value.requires_grad]
         self._named = trainable
         self._parameters = [value for _, value in trainable]
@@ -158,6 +160,10 @@ class FullySharded(Sharding):
             sharded.set_custom_all_gather(DirectAllGather(self._exchange))  # type: ignore[arg-type] # it has the form
             wire = compute if compute == torch.bfloat16 else None  # exact: they were computed in it
             sharded.set_custom_reduce_scatter(DirectReduceScatter(self._exchange, wire))  # type: ignore[arg-type] # as above
+
+    def _gather_root(self) -> None:
+        self._root._get_fsdp_state()._lazy_init()  # noqa: SLF001 - else the first block that is called takes itself for the root
+        self._root.unshard()
 
     # gradients
 

@@ -199,7 +199,9 @@ def _schedule(given: Any, config: TrainingConfig, optimizer: torch.optim.Optimiz
     if config.scheduler is None:
         return None
     if optimizer is None:
-        raise ConfigError("scheduler: there is no optimizer to schedule; name one in the config, or pass one")
+        # Trainer leaves it in the config of a model that it only evaluates.
+        log.warning("training config: scheduler: has no effect, because there is no optimizer to schedule")
+        return None
     return make_schedule(config.scheduler, optimizer)
 
 

@@ -158,6 +158,7 @@ class Storing:
         After each boundary ask ``stop_agreed`` and ``save_due``; every rank gets the same answers.
         """
         self._saving.left_to_the_caller = True
+        self._checkpoints.tells = False
 
     @property
     def stop_agreed(self) -> bool:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
+from hf_models import MODELS, VOCABULARY
 from ranks import Outcomes, run_cases
 from standing import PRECISIONS, SAMPLES, STAGES, Reference, distance, engine_for, micro_batches, torchs, values_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from torch import nn
@@ -22,58 +22,11 @@ pytest.importorskip("transformers", reason="transformers: not installed; pip ins
 
 pytestmark = pytest.mark.ranks
 
-VOCABULARY, PLACES, STEPS = 23, 7, 2
+PLACES, STEPS = 7, 2
 # Relative, of losses, of norms, and of the model as a whole: the gradient of a bias of keys is 0 but for rounding.
 BOUNDS = {"fp32": 1e-6, "bf16": 4e-3}
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
 
-
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(
-        vocab_size=VOCABULARY, n_positions=16, n_embd=12, n_layer=3, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        bos_token_id=0, eos_token_id=0,
-    ))  # fmt: skip
-
-
-def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=12, intermediate_size=20, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=16, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
-    ))  # fmt: skip
-
-
-def bert() -> nn.Module:
-    from transformers import BertConfig, BertForMaskedLM
-
-    return BertForMaskedLM(BertConfig(
-        vocab_size=VOCABULARY, hidden_size=12, intermediate_size=20, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=16, hidden_dropout_prob=0, attention_probs_dropout_prob=0,
-    ))  # fmt: skip
-
-
-def t5() -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    return T5ForConditionalGeneration(T5Config(
-        vocab_size=VOCABULARY, d_model=12, d_kv=6, d_ff=20, num_layers=2, num_heads=2, dropout_rate=0, decoder_start_token_id=0,
-    ))  # fmt: skip
-
-
-def mixtral() -> nn.Module:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    return MixtralForCausalLM(MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=3, max_position_embeddings=16, bos_token_id=0, eos_token_id=0,
-        output_router_logits=True,
-    ))  # fmt: skip
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {made.__name__: made for made in (gpt2, llama, bert, t5, mixtral)}
 CASES = list(itertools.product(MODELS, BOUNDS, STAGES))
 
 

@@ -216,7 +216,7 @@ def schedules(rank: int) -> dict[str, Any]:
     no_optimizer = {key: value for key, value in config(scheduler=of_config).items() if key != "optimizer"}
     rates["said"] = [
         said(lambda: hpc_ds.initialize(model=Small(), config=config(), lr_scheduler=halved(strange))),
-        said(lambda: hpc_ds.initialize(model=Small(), config=no_optimizer)),
+        hpc_ds.initialize(model=Small(), config=no_optimizer)[3],
     ]
     return rates
 
@@ -229,7 +229,7 @@ def test_a_schedule_comes_as_instance_callable_class_or_config(pair: Outcomes) -
         assert rates["config"] == pytest.approx([0.0, 0.0, RATE])
         other, none = rates["said"]
         assert other.startswith("ConfigError: lr_scheduler: it was made for another optimizer than the engine's; ")
-        assert none.startswith("ConfigError: scheduler: there is no optimizer to schedule; ")
+        assert none is None  # a model that is only evaluated, by the config of its training
 
 
 class SignOfSgd(torch.optim.Optimizer):

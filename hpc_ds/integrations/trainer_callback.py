@@ -1,0 +1,190 @@
+"""The callback by which a Trainer stops when its run is told to, and what ``transformers.py`` puts around Trainer's methods."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.trainer_callback import TrainerCallback
+
+from hpc_ds.checkpoint.agree import on_rank_0, own_rank, together
+from hpc_ds.engine.engine import Engine
+from hpc_ds.integrations import trainer_folders as folders
+from hpc_ds.runtime import preemption
+from hpc_ds.runtime.run import CurrentRun
+from hpc_ds.runtime.show_log import show_log
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger("hpc_ds")
+
+
+class PreemptionCallback(TrainerCallback):
+    """Stop a Trainer at the end of a step when any rank was told to: it saves, and ends with exit code 75.
+
+    In a run of hpcds the Trainer saves besides as often as the job says (``checkpoint.every_minutes``, ``every_steps``), and
+    the run hears of its steps. With ``--deepspeed`` the question travels in the collective of the engine's step; without, it
+    is one small collective of its own.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: Callable[[], Any] = lambda: None
+        self._run = CurrentRun.from_environment()
+        self._engine: Engine | None = None
+        self._stopping = False
+        self._saved_at = time.monotonic()
+        self.saves_by_itself = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - transformers' signature
+        """Take stops and saves over from the Trainer's engine, if that is ours; the clock of the saves begins."""
+        self._saved_at = time.monotonic()
+        engine = getattr(self.trainer(), "model_wrapped", None)
+        self._engine = engine if isinstance(engine, Engine) else None
+        if self._engine is not None:
+            self._engine.leave_stops_to_the_caller()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
+        """Collective. Ask whether to stop or to save, and let the Trainer do it."""
+        told, due = self._agreed(state.global_step)
+        self.saves_by_itself = (told or due) and not control.should_save
+        control.should_save = control.should_save or told or due
+        if told:
+            self._stopping = True
+            control.should_evaluate = False  # there may be no time, and nothing of it would be kept
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
+        """What was saved for a stop is whole now: leave.
+
+        Raises:
+            Preempted: the Trainer was stopping.
+        """
+        self._saved_at = time.monotonic()
+        self.saves_by_itself = False
+        if self._stopping:
+            told_by = preemption.told_by()
+            self._record("stopped", step=state.global_step, told_by=told_by)
+            raise preemption.Preempted(f"checkpointed step {state.global_step} on {told_by}")
+
+    def _agreed(self, step: int) -> tuple[bool, bool]:
+        """Collective. Whether any rank was told to stop, and whether a save is due."""
+        if self._engine is not None:
+            return self._engine.stop_agreed, self._engine.save_due
+        preemption.step(step)
+        every = self._run.every_steps if self._run is not None else None
+        by_steps = every is not None and step % every == 0
+        return preemption.requested(), by_steps or self._due_by_the_clock()
+
+    def _due_by_the_clock(self) -> bool:
+        """Collective. Rank 0's clock counts."""
+        minutes = self._run.every_minutes if self._run is not None else None
+        if self._run is None or minutes is None:
+            return False
+        if isinstance(minutes, str):
+            minutes = self._run.bounds_minutes[1]  # what a Trainer's save costs is not measured
+        due = time.monotonic() - self._saved_at > minutes * 60
+        return on_rank_0("save", partial(bool, due))
+
+    def _record(self, event: str, **fields: Any) -> None:
+        if self._run is not None and own_rank() == 0:
+            self._run.record(event, **fields)
+
+
+def join(trainer: Any) -> Path | None:
+    """Collective. Bring the callback to a Trainer in a run; the checkpoint that this attempt goes on from, if there is one."""
+    run = CurrentRun.from_environment()
+    callback = _callback_of(trainer)
+    if callback is None and run is not None:
+        callback = PreemptionCallback()
+        trainer.add_callback(callback)
+    if callback is not None:
+        callback.trainer = weakref.ref(trainer)
+    if run is None or trainer.hp_search_backend is not None:
+        return None
+    preemption.listen()
+    preemption.attend(own_rank(), trainer.args.world_size)
+    folder, root = Path(trainer.args.output_dir), str(run.files.root)
+    found = on_rank_0(
+        f"checkpoints in {str(folder)!r}: not found", lambda: folders.newest_of_run(folder, root, run.attempt)
+    )
+    if found is not None:
+        _tell(found, _batch_of(trainer))
+    return None if found is None else found.path
+
+
+def _tell(found: folders.Found, batch: int) -> None:
+    show_log(own_rank())
+    if own_rank() != 0:
+        return
+    made = found.made
+    log.info("Trainer goes on from %s: step %d, of attempt %d", found.path, made.step, made.attempt)
+    if made.batch != batch:
+        log.warning(
+            "samples of a step: %d, where %s had %d; Trainer finds its place in the data by steps, so samples will be skipped or "
+            "repeated: choose gradient_accumulation_steps so that a step has as many",
+            batch, found.path.name, made.batch,
+        )  # fmt: skip
+
+
+def save_whole(trainer: Any, save: Callable[[], None], trial: Any) -> None:
+    """Collective. Let a Trainer save, so that what is killed half-way is never taken for a checkpoint.
+
+    Raises:
+        CheckpointError: the same on every rank: it could not be made durable.
+    """
+    callback = _callback_of(trainer)
+    if callback is None:
+        save()
+        return
+    began = time.monotonic()
+    root, args, step = Path(trainer._get_output_dir(trial=trial)), trainer.args, trainer.state.global_step  # noqa: SLF001 - no other door
+    folder = root / f"checkpoint-{step}"
+    what = f"checkpoint {str(folder)!r}: not saved"
+    together(what, partial(folders.begin, folder) if args.should_save else _nothing)
+    limit, args.save_total_limit = args.save_total_limit, None  # older ones go when this one is whole
+    try:
+        save()
+    finally:
+        args.save_total_limit = limit
+    together(what, partial(folders.flush, folder))
+    run = CurrentRun.from_environment()
+    of_run = ("", 0) if run is None else (str(run.files.root), run.attempt)
+    made = folders.Made(*of_run, step, _batch_of(trainer), callback.saves_by_itself)
+    together(what, partial(folders.finish, folder, made) if args.should_save else _nothing)
+    preemption.saved(step, round(time.monotonic() - began, 3))
+    if args.should_save:
+        _remove_old(trainer, root, run)
+
+
+def _remove_old(trainer: Any, root: Path, run: CurrentRun | None) -> None:
+    from transformers.trainer_utils import rotate_checkpoints
+
+    best = trainer.state.best_model_checkpoint
+    rotate_checkpoints(
+        output_dir=str(root),
+        save_total_limit=trainer.args.save_total_limit,
+        best_model_checkpoint=best,
+        use_mtime=True,
+    )
+    if run is not None and run.keep is not None:
+        folders.prune(root, str(run.files.root), run.keep, best)
+
+
+def _callback_of(trainer: Any) -> PreemptionCallback | None:
+    callbacks = trainer.callback_handler.callbacks
+    return next((one for one in callbacks if isinstance(one, PreemptionCallback)), None)
+
+
+def _batch_of(trainer: Any) -> int:
+    """Samples of a step, of all ranks."""
+    args = trainer.args
+    return int(args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps)
+
+
+def _nothing() -> None:
+    pass
