@@ -17,7 +17,7 @@ from hpc_ds.compat.logs import show
 from hpc_ds.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
 _GB = 2**30
 
@@ -157,16 +157,6 @@ def safe_update_full_grad_vectorized(param_list: Iterable[Any], update_func: Cal
         gradient = safe_get_full_grad(parameter)
         if gradient is not None:
             safe_set_full_grad(parameter, update_func(gradient, parameter))
-
-
-@contextlib.contextmanager
-def unwrap_model_for_generation(model: Any) -> Iterator[Any]:
-    """Collective. The plain module of an engine, its parameters whole, to generate with."""
-    from hpc_ds.zero import GatheredParameters
-
-    module = getattr(model, "module", model)
-    with GatheredParameters(module.parameters()):
-        yield module
 
 
 def recursive_getattr(model: Any, module_name: str) -> Any:

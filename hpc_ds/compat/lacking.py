@@ -245,7 +245,7 @@ _NAMES: dict[str, dict[tuple[str, str], str]] = {
     "runtime.zero.partition_parameters": {
         _GATHERING: """
             partitioned_param_data_shape zero_init_context top_level_context DeepSpeedTensorOverride get_allgather_dtype
-            NoGatherHandle NoGatherCoalescedHandle print_rank_0 debug_rank0 unregister_external_parameter
+            NoGatherHandle NoGatherCoalescedHandle print_rank_0 debug_rank0
             get_new_tensor_fn_for_dtype get_all_subclasses free_param reuse_buffers temp_contiguous_tensor empty_buffers
             InsertPostInitMethodToModuleSubClasses AllGatherHandle AllGatherCoalescedHandle MultipleAllGatherHandles
             AllReduceCoalescedHandle QuantizationInfo CUDAQuantizer

@@ -17,8 +17,9 @@ _FRAGMENTS = """
     safe_set_local_fp32_param safe_set_local_grad safe_set_local_optimizer_state
 """
 _LEAVES = """
-    set_z3_leaf_modules set_z3_leaf_module unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module
-    z3_leaf_parameter set_z3_leaf_modules_by_name set_z3_leaf_modules_by_suffix
+    set_z3_leaf_modules=set_leaf_modules set_z3_leaf_module=set_leaf_module unset_z3_leaf_modules=unset_leaf_modules
+    get_z3_leaf_modules=get_leaf_modules z3_leaf_module=is_leaf_module z3_leaf_parameter=is_of_leaf_module
+    set_z3_leaf_modules_by_name=set_leaf_modules_by_name set_z3_leaf_modules_by_suffix=set_leaf_modules_by_suffix
 """
 _LOGGING = "logger log_dist log_dist_once set_log_level_from_string"
 _COLLECTIVES = """
@@ -164,16 +165,15 @@ _TABLE: dict[str, dict[str, str]] = {
         "contextlib": "noop_context=nullcontext",
     },
     "deepspeed.runtime.zero": {
-        "hpc_ds.zero": _ZERO,
-        "hpc_ds.compat.parameters": "ZeroParamType ZeroParamStatus",
-        "hpc_ds.compat.helpers": "unwrap_model_for_generation",
+        "hpc_ds.zero": f"{_ZERO} ZeroParamStatus unwrap_model_for_generation",
+        "hpc_ds.compat.parameters": "ZeroParamType",
     },
     "deepspeed.runtime.zero.config": {"hpc_ds.compat.parameters": "ZeroStageEnum"},
     "deepspeed.runtime.zero.offload_config": {"hpc_ds.compat.parameters": "OffloadDeviceEnum OffloadStateTypeEnum"},
     "deepspeed.runtime.zero.partition_parameters": {
-        "hpc_ds.zero": _ZERO,
+        "hpc_ds.zero": f"{_ZERO} ZeroParamStatus unregister_external_parameter",
         "hpc_ds.compat.parameters": """
-            ZeroParamType ZeroParamStatus zero_wrapper_for_fp_tensor_constructor _orig_torch_arange=ORIGINAL_ARANGE
+            ZeroParamType zero_wrapper_for_fp_tensor_constructor _orig_torch_arange=ORIGINAL_ARANGE
             shutdown_init_context restore_init_context
         """,
         "hpc_ds.compat.accelerator": "get_accelerator",
@@ -184,7 +184,7 @@ _TABLE: dict[str, dict[str, str]] = {
     },
     "deepspeed.utils": {
         "hpc_ds.zero": _FRAGMENTS,
-        "hpc_ds.compat.leaves": _LEAVES,
+        "hpc_ds.engine.leaf_modules": _LEAVES,
         "hpc_ds.compat.logs": _LOGGING,
         "hpc_ds.compat.loaders": "RepeatingLoader",
         "hpc_ds.compat.groups": _GROUPS,
@@ -212,7 +212,7 @@ _TABLE: dict[str, dict[str, str]] = {
         "hpc_ds.compat.clock": "SynchronizedWallClockTimer NoopTimer trim_mean",
         "hpc_ds.compat.values": _TIMERS,
     },
-    "deepspeed.utils.z3_leaf_module": {"hpc_ds.compat.leaves": _LEAVES},
+    "deepspeed.utils.z3_leaf_module": {"hpc_ds.engine.leaf_modules": _LEAVES},
     "deepspeed.utils.zero_to_fp32": {
         "hpc_ds.compat.zero_to_fp32": """
             get_fp32_state_dict_from_zero_checkpoint convert_zero_checkpoint_to_state_dict

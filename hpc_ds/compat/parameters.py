@@ -21,14 +21,6 @@ class ZeroParamType(Enum):
     REMOTE = 3
 
 
-class ZeroParamStatus(Enum):
-    """Where the elements of a parameter are."""
-
-    AVAILABLE = 1
-    NOT_AVAILABLE = 2
-    INFLIGHT = 3
-
-
 class ZeroStageEnum(int, Enum):
     """The stages of ZeRO."""
 

@@ -61,7 +61,6 @@ _ACCEPTED: dict[str, tuple[Any, str]] = {
     "zero_optimization.log_trace_cache_warnings": (False, "there is no trace to warn about"),
     "zero_optimization.enable_sanity_checks": (False, "checks are always on"),
     "zero_optimization.save_muon_momentum_buffer_in_memory": (False, _NVME),
-    "zero_optimization.leaf_module": ({}, "a module of any kind is gathered as a whole block"),
     "zero_optimization.stage3_prefetch_bucket_size": (50_000_000, _BUCKETS),
     "zero_optimization.stage3_param_persistence_threshold": (100_000, _BUCKETS),
     "zero_optimization.stage3_model_persistence_threshold": (sys.maxsize, _BUCKETS),

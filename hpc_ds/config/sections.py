@@ -139,6 +139,31 @@ class OffloadParamConfig(OffloadConfig):
     """Where parameter shards are kept, and with them their gradients and optimizer state."""
 
 
+def _list(value: Any) -> Any:
+    """One name for a list of one, as in DeepSpeed."""
+    return [value] if isinstance(value, str) else value
+
+
+_MIXTURES = [
+    f"transformers.models.{kind}.modeling_{kind}.{name}SparseMoeBlock"
+    for kind, name in (("mixtral", "Mixtral"), ("qwen2_moe", "Qwen2Moe"), ("qwen3_moe", "Qwen3Moe"))
+]
+
+
+class LeafModuleConfig(Model):
+    """Modules of which ranks may use different parts in a step at stage 3: mixtures of experts."""
+
+    classes: Annotated[list[str], BeforeValidator(_list)] = Field(
+        default_factory=lambda: list(_MIXTURES), description="stage 3: classes of such modules, by name"
+    )
+    names: Annotated[list[str], BeforeValidator(_list)] = Field(
+        default_factory=list, description="stage 3: such modules by their names in the model"
+    )
+    name_suffixes: Annotated[list[str], BeforeValidator(_list)] = Field(
+        default_factory=list, description="stage 3: such modules by the ends of their names"
+    )
+
+
 class ZeroConfig(Model):
     """What is sharded: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
 
@@ -150,6 +175,7 @@ class ZeroConfig(Model):
         default_factory=OffloadOptimizerConfig
     )
     offload_param: Annotated[OffloadParamConfig, BeforeValidator(_section)] = Field(default_factory=OffloadParamConfig)
+    leaf_module: LeafModuleConfig = Field(default_factory=LeafModuleConfig)
     blocks: list[str] | None = Field(
         None, description="ours: class names of the modules that are gathered as one; `null`: found by themselves"
     )

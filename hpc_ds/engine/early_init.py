@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hpc_ds.config.load import read_training_config
 from hpc_ds.engine.early import cut, gathered, lacks_elements
+from hpc_ds.engine.zero import is_owned
 from hpc_ds.errors import ConfigError
 from hpc_ds.runtime.process_group import init_distributed
 
@@ -131,7 +132,7 @@ class Init:
         _contexts.remove(self)
         if kind is None:
             for owner in self._pending:
-                cut(owner, self._place)
+                _cut(owner, self._place)
         self._pending.clear()
 
 
@@ -145,7 +146,13 @@ def _complete(_: nn.Module, __: str, module: nn.Module | None) -> None:
         for context in _contexts:
             if owner in context._pending:  # noqa: SLF001 - as above
                 del context._pending[owner]  # noqa: SLF001 - as above
-                cut(owner, context._place)  # noqa: SLF001 - as above
+                _cut(owner, context._place)  # noqa: SLF001 - as above
+
+
+def _cut(owner: nn.Module, place: torch.device | None) -> None:
+    """Collective. Shard a module's own parameters, unless an engine has been made of them meanwhile."""
+    if not any(map(is_owned, owner.parameters(recurse=False))):
+        cut(owner, place)
 
 
 def _apply_to_whole(module: nn.Module, function: Callable[[nn.Module], None]) -> nn.Module:

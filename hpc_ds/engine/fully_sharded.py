@@ -29,7 +29,9 @@ from hpc_ds.engine.compute_types import compute_dtypes, modules_apart, usual_typ
 from hpc_ds.engine.deferred import Deferred
 from hpc_ds.engine.early import restore
 from hpc_ds.engine.exchange import DirectAllGather, DirectReduceScatter, Exchange
+from hpc_ds.engine.external import blocks_without_external
 from hpc_ds.engine.inner_calls import gather_at_inner_calls
+from hpc_ds.engine.leaf_modules import LeafModules
 from hpc_ds.engine.piece import Piece, own_range
 from hpc_ds.engine.scalars import Scalars
 from hpc_ds.engine.sharding import (
@@ -41,7 +43,9 @@ from hpc_ds.engine.sharding import (
     gather_flat,
     master_dtype,
     persistent_buffers,
+    stands_alone,
     take_up_written,
+    uses_of,
     weakly,
 )
 from hpc_ds.engine.taken_for_whole import MESH_DIM, be_told, refuse
@@ -86,7 +90,8 @@ class FullySharded(Sharding):
         self._offload = CPUOffloadPolicy(pin_memory=offload.pin_memory) if offload else OffloadPolicy()
         self._whole: dict[nn.Parameter, torch.dtype] = {}  # what is not sharded, with its compute type
         self._deferred = Deferred(module, device)
-        for block in (*find_blocks(module, block_names), module):
+        self._leaves = LeafModules(module)
+        for block in (*self._blocks(block_names), module):
             self._deferred.make_real(until=block)
             self._shard(block)
         gather_at_inner_calls(module, self._sharded_modules(), self._gather_root)
@@ -101,6 +106,15 @@ class FullySharded(Sharding):
         self._index_of = {piece.name: index for index, piece in enumerate(self.pieces)}
         self._complete = False
 
+    def _blocks(self, names: Sequence[str] | None) -> list[nn.Module]:
+        """What is gathered by itself: of a leaf module nothing, but all of it."""
+        blocks = self._leaves.outside(find_blocks(self.module, names))
+        inside = {inner for block in blocks for inner in block.modules()}
+        uses = uses_of(self.module)
+        alone = [leaf for leaf in self._leaves.modules if leaf not in inside and stands_alone(leaf, uses)]
+        blocks += [leaf for leaf in alone if leaf is not self.module]
+        return blocks_without_external(blocks)
+
     def _shard(self, block: nn.Module) -> None:
         """Collective. Bring a block's own tensors to the device with rank 0's values, and keep this rank's shards."""
         restored = restore(block)
@@ -110,7 +124,7 @@ class FullySharded(Sharding):
         tensors = [value for value in dtypes if not isinstance(value, DTensor) and value not in self._whole]
         types = {value: (dtypes[value], master_dtype(value.dtype)) for value in tensors if _can_be_sharded(value)}
         usual = usual_type(types)
-        apart = modules_apart(self.module, block, types)
+        apart = blocks_without_external(self._leaves.outside(modules_apart(self.module, block, types)))
         alone = {value: types[value] for module in apart for value in module.parameters() if value in types}
         self._whole |= {
             value: dtypes[value] for value in tensors if value not in alone and types.get(value, usual) != usual
@@ -224,7 +238,10 @@ class FullySharded(Sharding):
 
     def used(self) -> list[bool]:
         """See ``Sharding``."""
-        return [self.gradient(piece) is not None for piece in self.pieces]
+        found = {piece.name: gradient for piece in self.pieces if (gradient := self.gradient(piece)) is not None}
+        of_leaves = {name: gradient for name, gradient in found.items() if name in self._leaves.names}
+        used = (found.keys() - of_leaves.keys()) | self._leaves.were_used(of_leaves)
+        return [piece.name in used for piece in self.pieces]
 
     def refuse_different_use(self, users: Sequence[int]) -> None:
         """See ``Sharding``: FSDP2 lays the gradients of a block one behind the other, without those that are not there.
@@ -233,11 +250,12 @@ class FullySharded(Sharding):
             ConfigError: naming the first parameter that some ranks used and others did not.
         """
         for piece, count in zip(self.pieces, users, strict=True):
-            if 0 < count < dist.get_world_size():
+            of_leaf = piece.name in self._leaves.names and self.gradient(piece) is not None
+            if 0 < count < dist.get_world_size() and not of_leaf:
                 raise ConfigError(
                     f"gradient of {piece.name!r}: {count} of {dist.get_world_size()} ranks used this parameter in the step, and "
-                    "at ZeRO stage 3 gradients were mixed up; use the same parameters on every rank, for example by adding "
-                    "0 * parameter.sum() to the loss, or use stage 2"
+                    "at ZeRO stage 3 gradients were mixed up; use the same parameters on every rank, say with "
+                    "hpc_ds.zero.set_leaf_modules what module chooses between them, or use stage 2"
                 )
 
     def squared_norm(self) -> torch.Tensor:
@@ -280,6 +298,7 @@ class FullySharded(Sharding):
         self.reshard()
         self.module.zero_grad(set_to_none=True)
         self._scalars.drop()
+        self._leaves.forget()
         for piece in self.pieces:
             piece.master.grad = None
         for hook in self._hooks:
@@ -357,6 +376,19 @@ class FullySharded(Sharding):
         finally:
             for module in modules:
                 module.reshard()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """See ``Sharding``."""
+        modules = self._sharded_modules()
+        with self.gathered(list(self.module.parameters()), None):
+            for module in modules:
+                module.set_reshard_after_forward(reshard_after_forward=False, recurse=False)
+            try:
+                yield
+            finally:
+                for module in modules:
+                    module.set_reshard_after_forward(reshard_after_forward=True, recurse=False)
 
     def _take_over(self, module: FSDPModule, wanted: set[int], writer: int) -> None:
         """Collective. Put what one rank wrote to whole parameters into every rank's shards."""

@@ -10,6 +10,7 @@ from hpc_ds.engine.allocator import keep_freed_memory
 from hpc_ds.engine.buckets import Policy
 from hpc_ds.engine.deferred import refuse_what_cannot_be_made
 from hpc_ds.engine.fully_sharded import FullySharded, Offload
+from hpc_ds.engine.leaf_modules import mark_as_configured
 from hpc_ds.engine.replicated import Replicated
 from hpc_ds.engine.sharding import Precision, Sharding
 from hpc_ds.engine.surface import compute_dtype
@@ -40,6 +41,7 @@ def make_sharding(model: nn.Module, config: TrainingConfig, device: torch.device
     )
     pins = zero.pins and device.type == "cuda"
     if zero.stage == 3:
+        mark_as_configured(model, zero.leaf_module)
         return FullySharded(model, device, precision, Offload(pins) if zero.offloads else None, zero.blocks)
     before = (
         1 / torch.distributed.get_world_size() if config.prescale_gradients else 1 / config.gradient_predivide_factor

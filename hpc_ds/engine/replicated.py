@@ -6,7 +6,7 @@ summed when all before it have been, so every rank sums them in the same order w
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -36,6 +36,7 @@ from hpc_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
 
 _ALIGN = 16  # elements: kernels want parameters, and copies chunks, to begin at whole cache lines or at least 16 bytes
 _IN_FLIGHT = 2  # sums of buckets at a time
@@ -415,6 +416,10 @@ class Replicated(Sharding):
         self.adopt()
         piece = self.pieces[index]
         return cast("torch.Tensor", gather_flat(piece, piece.master))
+
+    def whole(self) -> AbstractContextManager[None]:
+        """See ``Sharding``: they always are."""
+        return nullcontext()
 
     @contextmanager
     def gathered(self, parameters: Sequence[nn.Parameter], writer: int | None) -> Iterator[None]:

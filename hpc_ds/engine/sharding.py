@@ -155,6 +155,10 @@ class Sharding(ABC):
         """Collective. Parameters are whole inside; on leaving, what rank ``writer`` wrote is everybody's."""
 
     @abstractmethod
+    def whole(self) -> AbstractContextManager[None]:
+        """Collective. All parameters are whole inside, and forwards leave them so."""
+
+    @abstractmethod
     def watch_output(self, tensor: torch.Tensor) -> None:
         """Gradients will enter the module at this output."""
 

@@ -26,7 +26,8 @@ MESH_DIM = "hpc_ds_shard"  # by which our DTensors are known from a script's own
 
 _CURE = (
     "at ZeRO stage 3 each rank has a part of it; call hpc_ds.zero.safe_get_full_fp32_param(parameter) on every rank, or use "
-    "module.weight inside of `with hpc_ds.zero.GatheredParameters(parameters):`, where modifier_rank=0 keeps what rank 0 writes"
+    "module.weight inside of `with hpc_ds.zero.GatheredParameters(parameters):`, where modifier_rank=0 keeps what rank 0 "
+    "writes; if another module's forward uses it, call hpc_ds.zero.register_external_parameter before initialize"
 )
 _WORDS = ("mixed torch.Tensor and DTensor", "not supported for tensor subclasses", "_apply(): Couldn't swap")
 

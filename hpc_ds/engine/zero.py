@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hpc_ds.engine.early import gathered, is_cut
+from hpc_ds.engine.external import register_external_parameter
 from hpc_ds.engine.piece import own_range
 from hpc_ds.engine.sharding import gather_flat
 from hpc_ds.errors import ConfigError
@@ -38,6 +39,11 @@ def register(engine: Engine) -> None:
     trained = {piece.name: index for index, piece in enumerate(engine.sharding.pieces)}
     for name, parameter in engine.module.named_parameters():
         _owners[parameter] = weakref.ref(engine), trained.get(name)
+
+
+def is_owned(parameter: nn.Parameter) -> bool:
+    """Whether an engine has it."""
+    return parameter in _owners
 
 
 def refuse_owned(model: nn.Module) -> None:
@@ -174,7 +180,7 @@ def safe_set_local_optimizer_state(param: nn.Parameter, value: torch.Tensor, opt
 def GatheredParameters(  # noqa: N802 - DeepSpeed's name
     params: nn.Parameter | Iterable[nn.Parameter],
     modifier_rank: int | None = None,
-    fwd_module: nn.Module | None = None,  # noqa: ARG001 - DeepSpeed's signature
+    fwd_module: nn.Module | None = None,
     enabled: bool = True,
 ) -> Iterator[None]:
     """Parameters are whole inside. Collective.
@@ -186,7 +192,7 @@ def GatheredParameters(  # noqa: N802 - DeepSpeed's name
         params: parameters of engines, or sharded by ``zero.Init``; others are passed over.
         modifier_rank: what this rank writes to them is everybody's afterwards; None: they are only read, and what is written at
             stage 3, or before ``initialize``, is lost.
-        fwd_module: accepted.
+        fwd_module: its forward uses those that ``zero.Init`` sharded, see ``register_external_parameter``.
         enabled: False does nothing.
     """
     asked = [params] if isinstance(params, torch.Tensor) else list(params)
@@ -195,6 +201,8 @@ def GatheredParameters(  # noqa: N802 - DeepSpeed's name
     if not enabled or not (early or mine):
         yield
         return
+    for parameter in early if fwd_module is not None else ():
+        register_external_parameter(cast("nn.Module", fwd_module), parameter)
     roll_call("GatheredParameters")
     with gathered(early, modifier_rank), _gathered_by_engine(mine, modifier_rank):
         yield
@@ -213,6 +221,23 @@ def _gathered_by_engine(parameters: list[nn.Parameter], writer: int | None) -> I
         yield
     if writer is not None:
         engine.sharding.publish()
+
+
+@contextmanager
+def unwrap_model_for_generation(model: Any) -> Iterator[Any]:
+    """Collective. Parameters are whole inside, and stay so: each rank may call the model as often as it likes, or not at all.
+
+    Args:
+        model: an engine or its module; given back as it is.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter in _owners]
+    if not parameters:
+        with GatheredParameters(model.parameters()):
+            yield model
+        return
+    roll_call("unwrap_model_for_generation")
+    with _owner(parameters[0])[0].sharding.whole():
+        yield model
 
 
 def _owner(param: nn.Parameter) -> tuple[Engine, Piece | None]:
