@@ -84,11 +84,6 @@ def trainer(
         from hpc_ds.compat import activate
 
         activate()
-        import accelerate.state
-
-        import hpc_ds.integrations.accelerate
-
-        hpc_ds.integrations.accelerate.attach(accelerate.state)
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     from transformers import Trainer, TrainingArguments
 
