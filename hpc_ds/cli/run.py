@@ -67,7 +67,10 @@ def make_plan(values: dict[str, Any], script: list[str], environ: Mapping[str, s
     """
     _check(values, script)
     cwd = _folder()
-    variables = _ours(environ, cwd) | chosen(environ, values.get("env_file", ()), values.get("env", ()))
+    passed_over: list[str] | None = [] if values.get("as_deepspeed") else None
+    of_user = chosen(environ, values.get("env_file", ()), values.get("env", ()), passed_over)
+    notes.warnings.extend(f"{name} is set by the launcher itself; passed over" for name in passed_over or ())
+    variables = _ours(environ, cwd) | of_user
     wish = _wish(values)
     known = environ if wish.hostfile is not None or wish.launcher == "local" else with_gpus(environ)
     resources = choose(wish, {**known, **variables})

@@ -71,14 +71,28 @@ def with_the_name(python: str) -> list[str]:
     return [python, "-m", "hpc_ds.compat"]
 
 
-def chosen(environ: Mapping[str, str], files: Sequence[str] = (), pairs: Iterable[str] = ()) -> dict[str, str]:
+def chosen(
+    environ: Mapping[str, str],
+    files: Sequence[str] = (),
+    pairs: Iterable[str] = (),
+    passed_over: list[str] | None = None,
+) -> dict[str, str]:
     """What a user has chosen for the ranks: the ``.deepspeed_env`` files, ``--env-file`` and ``--env``.
+
+    Args:
+        environ: of this process.
+        files: of ``--env-file``.
+        pairs: of ``--env``.
+        passed_over: gets what a ``.deepspeed_env`` has of the launcher's own variables; None: that is refused. accelerate
+            writes its whole environment there.
 
     Raises:
         ConfigError: a file that was named is missing or cannot be read, or something in it is not NAME=VALUE.
     """
     found: dict[str, str] = {}
-    for path in [*_standing_files(environ), *files]:
+    for path in _standing_files(environ):
+        found |= parse(_read(path), path, passed_over)
+    for path in files:
         found |= parse(_read(path), path)
     for pair in pairs:
         name, value = _pair(f"--env {pair!r}", pair)
@@ -86,15 +100,20 @@ def chosen(environ: Mapping[str, str], files: Sequence[str] = (), pairs: Iterabl
     return found
 
 
-def parse(text: str, source: str) -> dict[str, str]:
-    """The variables of the text of a file.
+def parse(text: str, source: str, passed_over: list[str] | None = None) -> dict[str, str]:
+    """The variables of the text of a file; see ``chosen`` for what is passed over.
 
     Raises:
         ConfigError: a line is not one; it names file and line.
     """
     found: dict[str, str] = {}
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        own = line.partition("=")[0]
+        if passed_over is not None and (own in _OF_THE_RANK or own in _ELSEWHERE):
+            passed_over.append(f"{source}, line {number}: {own}")
+        else:
             name, value = _pair(f"{source}, line {number}", line.removesuffix("\r"), source)
             found[name] = value
     return found

@@ -219,6 +219,26 @@ def test_what_a_rank_runs(
     assert plan["hosts"][0]["ranks"][0]["command"][-len(COMMANDS[text]) :] == COMMANDS[text]
 
 
+def test_a_file_that_accelerate_wrote_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It writes all of its environment there, also what a batch script has set for ranks."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    Path("train.py").write_text("")
+    Path(".deepspeed_env").write_text("A=1\nMASTER_ADDR=n1\nRANK=0\nB=2\n")
+    assert run(["--as-deepspeed", "--dry-run", "--json", "--num_gpus=1", "train.py"]) == 0
+    said = capsys.readouterr()
+    assert {"A": "1", "B": "2"}.items() <= json.loads(said.out)["environment"].items()
+    assert said.err.splitlines() == [
+        f"hpcds run: {tmp_path}/.deepspeed_env, line {line}: {name} is set by the launcher itself; passed over"
+        for line, name in ((2, "MASTER_ADDR"), (3, "RANK"))
+    ]
+    with pytest.raises(ConfigError, match="line 2: MASTER_ADDR is set by the launcher; use --master_addr"):
+        run(["--dry-run", "--num_gpus=1", "train.py"])
+
+
 def test_the_command_deepspeed_is_hpcds_run() -> None:
     for command in ("deepspeed", "ds"):
         done = said(*WRAPPER, command)
