@@ -128,7 +128,7 @@ def adapt(rank: int, folder: Path) -> dict[str, Any]:
 
 def far(found: dict[str, torch.Tensor], model: nn.Module) -> float:
     """The difference over the norm of the whole model."""
-    named = dict(model.named_parameters())
+    named = {name: value.detach() for name, value in model.named_parameters()}
     difference = sum((found[name] - value).double().square().sum() for name, value in named.items())
     return float((difference / sum(value.double().square().sum() for value in named.values())).sqrt())
 
