@@ -68,6 +68,20 @@ def test_the_wheel_holds_the_package_and_what_travels_with_it(wheel: Path) -> No
     assert not [name for name in names if name.startswith(("tests", "docs", "examples", "templates", "site_configs"))]
 
 
+def test_the_name_deepspeed_comes_with_its_metadata(wheel: Path, installed: Path, tmp_path: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    here = REPOSITORY / "hpc_ds" / "compat"
+    files = {path.relative_to(REPOSITORY).as_posix() for path in here.rglob("*") if path.is_file()}
+    assert {name for name in files if "__pycache__" not in name} == {name for name in names if "hpc_ds/compat/" in name}
+    ask = "import deepspeed, importlib.metadata as m; print(deepspeed.__file__, m.version('deepspeed'), deepspeed.__version__)"
+    python = installed / "bin" / "python"
+    file, in_metadata, version = run(python, "-m", "hpc_ds.compat", python, "-c", ask, cwd=tmp_path).split()
+    assert Path(file).is_relative_to(installed)
+    assert in_metadata == version == "0.19.8+hpcds"
+    shown = run(python, "-c", "import importlib.metadata as m; print([*m.packages_distributions()])", cwd=tmp_path)
+    assert "'deepspeed'" not in shown  # not where it is not asked for
+
+
 def test_the_checkout_is_not_there(installed: Path, tmp_path: Path) -> None:
     where = (
         "import hpc_ds, hpc_ds.shipped as s; print(hpc_ds.__file__, s.shipped('templates'), s.shipped('site_configs'))"

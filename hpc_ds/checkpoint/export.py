@@ -37,6 +37,26 @@ INDEX = "model.safetensors.index.json"
 _EXPORTED = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
+def bytes_of(what: str, text: str) -> int:
+    """'5GB' -> 5,000,000,000; 'GiB' and the like are powers of 1024.
+
+    Args:
+        what: whose size it is, for the message.
+        text: the size.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", text, re.IGNORECASE)
+    size = 0
+    if match is not None:
+        power = "KMGT".index(match[2].upper()) + 1 if match[2] else 0
+        size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size < 1:
+        raise ConfigError(f"{what} {text!r}: not a size; use for example 5GB, 500MB or 2GiB", value=text)
+    return size
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
     """One tensor on its way out.

@@ -20,6 +20,7 @@ from hpc_ds.checkpoint.deepspeed_shards import Gathered, Part, whole
 from hpc_ds.checkpoint.index import BLOCK_BYTES, ITEM_BYTES, Entry, Index, header_of, write_index
 from hpc_ds.checkpoint.layout import FORMAT, candidates, data_file
 from hpc_ds.checkpoint.torch_file import InFile, Record
+from hpc_ds.checkpoint.whole import MODEL
 from hpc_ds.config.known_names import MOVED_BY_SCHEDULES
 from hpc_ds.errors import CheckpointError, ConfigError
 from hpc_ds.run_dir import fsync_folder
@@ -39,7 +40,12 @@ _ITS_OWN = {
 
 
 def import_deepspeed(
-    source: Path, folder: Path, tag: str | None = None, progress: Callable[[int, int], None] | None = None
+    source: Path,
+    folder: Path,
+    tag: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    weights_only: bool = False,
 ) -> Path:
     """Write the checkpoint that ``source`` holds into ``folder`` under the same tag; returns its folder.
 
@@ -50,6 +56,7 @@ def import_deepspeed(
         folder: of our checkpoints.
         tag: which one; by default the one that its ``latest`` names.
         progress: called with the bytes copied so far, and with those in all.
+        weights_only: leave out all tensors but parameters and buffers.
 
     Raises:
         CheckpointError: it cannot be read, or not be written.
@@ -65,6 +72,8 @@ def import_deepspeed(
             f"DeepSpeed checkpoint {str(path)!r}: not arranged as DeepSpeed 0.19 does it: {error!r}; save it with that version",
             str(path),
         ) from None
+    if weights_only:
+        tensors = [tensor for tensor in tensors if tensor.name.startswith(MODEL)]
     _write(folder, path.name, tensors, manifest, progress)
     return folder / path.name
 
@@ -84,7 +93,11 @@ def _arranged(checkpoint: DeepSpeedCheckpoint) -> tuple[list[Gathered], dict[str
         "created": time.time(),
         "versions": {"hpc_ds": __version__, "deepspeed": str(checkpoint.model[0].get("ds_version"))},
         "config_hash": None,
-        "state": {**_state(checkpoint), "tied": tied},
+        "state": {
+            **_state(checkpoint),
+            "tied": tied,
+            "frozen": list(checkpoint.model[0].get("frozen_param_shapes") or ()),
+        },
         "client_state": client_state,
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shutil
 import sys
 import time
@@ -121,13 +120,13 @@ def export(
 
     Needs no GPU and little memory, whatever the model's size; every byte is verified.
     """
-    from hpc_ds.checkpoint.export import TYPES, export_safetensors, export_torch, weights_to_export
+    from hpc_ds.checkpoint.export import TYPES, bytes_of, export_safetensors, export_torch, weights_to_export
     from hpc_ds.checkpoint.verify import open_whole
     from hpc_ds.errors import ConfigError
 
     if form is Format.pt and max_shard_size is not None:
         raise ConfigError("--max-shard-size: a .pt is one file; leave it out, or use --format safetensors")
-    largest = _bytes_of(max_shard_size or "5GB")
+    largest = bytes_of("--max-shard-size", max_shard_size or "5GB")
     path = _checkpoint(folder, runs, tag)
     stored, wanted = open_whole(path), TYPES[dtype.value]
     weights = weights_to_export(stored, wanted)
@@ -348,23 +347,6 @@ def _progress(title: str, total: int) -> Iterator[Callable[..., None] | None]:
             bar.update(task, advance=count, total=known_total)
 
         yield advance
-
-
-def _bytes_of(text: str) -> int:
-    """'5GB' -> 5,000,000,000; 'GiB' and the like are powers of 1024."""
-    from hpc_ds.errors import ConfigError
-
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", text, re.IGNORECASE)
-    size = (
-        0
-        if match is None
-        else int(
-            float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1 if match[2] else 0)
-        )
-    )
-    if size < 1:
-        raise ConfigError(f"--max-shard-size {text!r}: not a size; use for example 5GB, 500MB or 2GiB", value=text)
-    return size
 
 
 def _size(count: float) -> str:

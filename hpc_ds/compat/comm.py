@@ -53,13 +53,17 @@ def _over(function: Callable[..., Any], **renamed: str) -> Callable[..., Any]:
     return forward
 
 
+# torch 2.13 has these under newer names, and complains of the older ones.
+_all_gather_flat: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter_flat: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 broadcast = _over(dist.broadcast)
 broadcast_object_list = _over(dist.broadcast_object_list)
 all_gather = _over(dist.all_gather)
 all_gather_object = _over(dist.all_gather_object)
-all_gather_into_tensor = _over(dist.all_gather_into_tensor, tensor="input_tensor")
+all_gather_into_tensor = _over(_all_gather_flat, tensor="input_tensor")
 reduce_scatter = _over(dist.reduce_scatter)
-reduce_scatter_tensor = _over(dist.reduce_scatter_tensor, output_tensor="output", tensor="input")
+reduce_scatter_tensor = _over(_reduce_scatter_flat, output_tensor="output", tensor="input")
 all_to_all = _over(dist.all_to_all)
 all_to_all_single = _over(dist.all_to_all_single, tensor="input")
 all_reduce = _over(dist.all_reduce)
@@ -73,7 +77,7 @@ irecv = _over(dist.irecv)
 barrier = _over(dist.barrier)
 monitored_barrier = _over(dist.monitored_barrier)
 inference_all_reduce = all_reduce
-allgather_fn = _over(dist.all_gather_into_tensor, output_tensor="output_tensor", input_tensor="input_tensor")
+allgather_fn = _over(_all_gather_flat)
 reduce_scatter_fn = reduce_scatter_tensor
 
 is_initialized = dist.is_initialized
@@ -103,7 +107,7 @@ def all_gather_coalesced(
 ) -> Any:
     """Collective. Gather each input into the output of its place, whole along the first dimension."""
     pairs = zip(output_tensors, input_tensors, strict=True)
-    works = [dist.all_gather_into_tensor(whole, own, group=group, async_op=async_op) for whole, own in pairs]
+    works = [_all_gather_flat(whole, own, group=group, async_op=async_op) for whole, own in pairs]
     return _Works(works) if async_op else None
 
 

@@ -19,7 +19,7 @@ from hpc_ds.runtime.rank import rank_from_environment
 if TYPE_CHECKING:
     from hpc_ds.config.training import TrainingConfig
 
-_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_TYPES = {None: None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class DeepSpeedConfig:
@@ -86,6 +86,7 @@ def _sections(config: TrainingConfig) -> dict[str, Any]:
         "activation_checkpointing_config": config.activation_checkpointing,
         "compile_config": config.compile,
         "checkpoint_config": config.checkpoint,
+        "monitor_config": config,
     }
 
 
@@ -105,7 +106,7 @@ def _derived(config: TrainingConfig) -> dict[str, Any]:
         "optimizer_legacy_fusion": False,
         "scheduler_name": None if scheduler is None else scheduler.type,
         "scheduler_params": None if scheduler is None else scheduler.params,
-        "communication_data_type": _TYPES[config.communication_data_type or config.compute],
+        "communication_data_type": _TYPES.get(config.communication_data_type),
         "grad_accum_dtype": config.data_types.grad_accum_dtype,
         "wall_clock_breakdown": config.wall_clock_breakdown or config.flops_profiler.enabled,
         "checkpoint_tag_validation_enabled": validation != "ignore",
@@ -122,8 +123,8 @@ def _short(name: str) -> str:
     return name.lower() if name.lower() in OPTIMIZERS else name
 
 
-OPTIMIZERS = ["adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "musgd", "muon"]
+OPTIMIZERS = ["adagrad", "adam", "adamw", "lamb", "muadam", "muadamw", "musgd", "lion", "muon"]
 """The names of DeepSpeed's own optimizers."""
-ADAGRAD_OPTIMIZER, ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LAMB_OPTIMIZER, LION_OPTIMIZER = OPTIMIZERS[:5]
-MUADAM_OPTIMIZER, MUADAMW_OPTIMIZER, MUSGD_OPTIMIZER, MUON_OPTIMIZER = OPTIMIZERS[5:]
+ADAGRAD_OPTIMIZER, ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LAMB_OPTIMIZER, MUADAM_OPTIMIZER = OPTIMIZERS[:5]
+MUADAMW_OPTIMIZER, MUSGD_OPTIMIZER, LION_OPTIMIZER, MUON_OPTIMIZER = OPTIMIZERS[5:]
 TORCH_ADAM_PARAM, ADAM_W_MODE, ADAM_W_MODE_DEFAULT = "torch_adam", "adam_w_mode", True

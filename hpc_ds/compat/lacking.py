@@ -81,7 +81,7 @@ _WHOLE: dict[tuple[str, str], str] = {
         inference model_implementations init_inference InferenceEngine DeepSpeedInferenceConfig default_inference_config
     """,
     _KERNELS: """
-        ops.op_builder ops.transformer ops.triton_ops ops.deepspeed4science ops.compile ops.pin_memory ops.csrc
+        ops.op_builder ops.transformer ops.triton_ops ops.deepspeed4science ops.compile ops.pin_memory
         ops.adam.multi_tensor_apply ops.lion.multi_tensor_apply runtime.chunked_cross_entropy HAS_TRITON
         DeepSpeedTransformerLayer DeepSpeedTransformerConfig
     """,

@@ -28,7 +28,7 @@ from hpc_ds.compat.names import GIT_BRANCH, GIT_HASH, NAMES, VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import ModuleType
+    from types import CodeType, ModuleType
 
 TOP = "deepspeed"
 _TOLD = {"__version__": VERSION, "__git_hash__": GIT_HASH, "__git_branch__": GIT_BRANCH}
@@ -45,6 +45,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             return None
         if fullname in NAMES:
             return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        if fullname.endswith(".__main__") and "main" in NAMES.get(fullname.rpartition(".")[0], ()):
+            return importlib.machinery.ModuleSpec(fullname, self)
         if _is_import():
             raise ImportError(reason(fullname), name=fullname)
         return None
@@ -54,6 +56,12 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         furnish(module.__name__)
+
+    def get_code(self, fullname: str) -> CodeType:
+        """For ``python -m deepspeed.launcher.runner``: what calls the ``main`` of the module."""
+        return compile(
+            f"import sys\nfrom {fullname.rpartition('.')[0]} import main\nsys.exit(main())", fullname, "exec"
+        )
 
 
 def _is_import() -> bool:
@@ -88,6 +96,12 @@ def furnish(name: str) -> None:
     below = [other.rpartition(".")[2] for other in NAMES if other.rpartition(".")[0] == name]
     shown = sorted({*table, *below})
     vars(module).update(__getattr__=__getattr__, __all__=sorted(table), __dir__=lambda: sorted({*shown, *vars(module)}))
+    for attribute in table:
+        if f"{name}.{attribute}" in NAMES:
+            # A name that is a module's too, as utils.z3_leaf_module: loading the module puts it in this place, so now and not
+            # later, as the real package does.
+            importlib.import_module(f"{name}.{attribute}")
+            vars(module).pop(attribute)
     if name == TOP:
         vars(module).update(_TOLD, **_PARTS)
 

@@ -36,9 +36,8 @@ _COLLECTIVES += _FROM_LAUNCHER
 _BACKENDS = "NCCL_BACKEND CCL_BACKEND MPI_BACKEND GLOO_BACKEND SCCL_BACKEND HCCL_BACKEND"
 _CHECKPOINT_FILES = "get_model_ckpt_name_for_rank get_zero_ckpt_name_for_rank get_layer_ckpt_name_for_rank"
 _FLOPS = """
-    FlopsProfiler get_model_profile
-    number_to_string flops_to_string=number_to_string macs_to_string=number_to_string params_to_string=number_to_string
-    bytes_to_string=number_to_string duration_to_string
+    FlopsProfiler get_model_profile number_to_string flops_to_string macs_to_string params_to_string bytes_to_string
+    duration_to_string
 """
 _OPTIMIZERS = """
     ADAGRAD_OPTIMIZER ADAM_OPTIMIZER ADAMW_OPTIMIZER LAMB_OPTIMIZER LION_OPTIMIZER MUADAM_OPTIMIZER MUADAMW_OPTIMIZER

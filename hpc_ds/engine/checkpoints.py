@@ -15,6 +15,8 @@ from hpc_ds.checkpoint.agree import together
 from hpc_ds.checkpoint.background import Background
 from hpc_ds.checkpoint.commit import Run
 from hpc_ds.engine import state as train_state
+from hpc_ds.engine.client_state import brought_up, going_with
+from hpc_ds.engine.recovery_script import leave_recovery_script
 from hpc_ds.engine.save_cost import SaveCost
 from hpc_ds.errors import CheckpointError
 from hpc_ds.runtime.progress import during, progress
@@ -22,6 +24,7 @@ from hpc_ds.runtime.roll_call import roll_call
 from hpc_ds.version import __version__
 
 if TYPE_CHECKING:
+    from hpc_ds.checkpoint.layout import Saved
     from hpc_ds.checkpoint.shards import Shard
     from hpc_ds.checkpoint.stored import Stored
     from hpc_ds.engine.engine import Engine
@@ -56,6 +59,7 @@ class Checkpoints:
         self._folder: Path | None = None  # of the last save or load
         self._loads_from: Path | None = None  # and so will the next start of the run
         self._client_state: dict[str, Any] = {}
+        self._counting: dict[str, tuple[str, int]] = {}  # numbers in it that go with the engine's counters
         self._background = Background()
         self._behind: int | None = None  # step of the save behind the training
         self.registered: dict[str, Any] = {}
@@ -83,7 +87,10 @@ class Checkpoints:
         tag = self._agreed_tag(str(tag) if tag is not None else f"global_step{self._engine.global_steps}")
         content = self._agreed_content(client, frozen=frozen, by_itself=False)
         self._save_now(self._folder_for(save_dir), tag, content, began, save_latest=save_latest)
-        self._client_state = client
+        self._keep(client)
+
+    def _keep(self, client: dict[str, Any]) -> None:
+        self._client_state, self._counting = client, going_with(client, self._engine)
 
     def _agreed_tag(self, tag: str) -> str:
         """Rank 0's, where ranks name different ones and the config does not make an error of it."""
@@ -107,7 +114,8 @@ class Checkpoints:
         """
         began = self.saved_at = time.monotonic()
         folder, tag = self._own_folder(), f"global_step{self._engine.global_steps}"
-        content = self._agreed_content(self._client_state, frozen=True, by_itself=True)
+        client = brought_up(self._client_state, self._counting, self._engine)
+        content = self._agreed_content(client, frozen=True, by_itself=True)
         if not behind:
             self._save_now(folder, tag, content, began, save_latest=True)
             self.prune()
@@ -116,7 +124,7 @@ class Checkpoints:
 
         def committed() -> None:
             started.wait()
-            self._saved(content.step, tag, time.monotonic() - began)
+            self._saved(folder, content.step, tag, time.monotonic() - began)
             self.prune()
 
         try:
@@ -130,9 +138,11 @@ class Checkpoints:
         writer.save(folder, tag, content, save_latest=save_latest)
         self.cost.stall_s = time.monotonic() - began
         self.saved_step = content.step
-        self._saved(content.step, tag, self.cost.stall_s)
+        self._saved(folder, content.step, tag, self.cost.stall_s)
 
-    def _saved(self, step: int, tag: str, seconds: float) -> None:
+    def _saved(self, folder: Path, step: int, tag: str, seconds: float) -> None:
+        if self._engine.global_rank == 0 and self._engine.zero_optimization():
+            leave_recovery_script(folder)
         self.cost.durable_s = seconds
         stall_s = seconds if self.cost.stall_s is None else self.cost.stall_s
         if self.tells:
@@ -281,9 +291,18 @@ class Checkpoints:
             if loaded.rank_state is not None:
                 train_state.restore_random_states(loaded.rank_state)
             self._watch.resumed(engine.global_samples)
+            self._warn_of_no_client_state(loaded.stored.saved, client["client"])
         seconds = round(time.monotonic() - began, 3)
         engine.record("resumed", step=engine.global_steps, tag=loaded.stored.saved.tag, seconds=seconds)
         return str(loaded.stored.path), client["client"]
+
+    def _warn_of_no_client_state(self, saved: Saved, client: dict[str, Any]) -> None:
+        if saved.state.get("made_by") is not None and not client and self._engine.global_rank == 0:
+            log.info(
+                "checkpoint %r: made by the run itself, before any save of the script's: client_state is empty; go on from "
+                "engine.global_steps, %d",
+                saved.tag, self._engine.global_steps,
+            )  # fmt: skip
 
     def _folder_to_load(self, given: str | Path | None, *, module_only: bool) -> Path:
         if module_only and given is not None:
@@ -318,6 +337,7 @@ class Checkpoints:
             "train_batch_size": engine.train_batch_size(),
             "loss_scale": self._loss_scale.state_dict(),
             "tied": train_state.tied_names(engine.module),
+            "frozen": [kept.name for kept in self._sharding.kept() if kept.frozen],
             "data": None
             if loader is None
             else loader.state_dict(engine.micro_steps % engine.gradient_accumulation_steps()),
@@ -338,4 +358,4 @@ class Checkpoints:
         for name, thing in self.registered.items():
             if name in client["registered"]:
                 thing.load_state_dict(client["registered"][name])
-        self._client_state = client["client"]
+        self._keep(client["client"])

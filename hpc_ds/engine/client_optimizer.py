@@ -104,7 +104,9 @@ def _moved(
     optimizer.state.clear()
     for piece in sharding.pieces:
         if piece.name in states:
-            optimizer.state[piece.master] = {key: _own(value, piece) for key, value in states[piece.name].items()}
+            optimizer.state[piece.master] = {
+                key: value if key == "step" else _own(value, piece) for key, value in states[piece.name].items()
+            }
     for group, own in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = own["params"]
     return optimizer
@@ -116,7 +118,7 @@ def _steps(state: dict[str, Any]) -> float:
 
 
 def _own(value: Any, piece: Piece) -> Any:
-    if not isinstance(value, torch.Tensor) or value.shape != piece.shape or piece.shape == ():
+    if not isinstance(value, torch.Tensor) or value.shape != piece.shape:
         return value
     master = piece.master
     return own_range(value, piece.start, master).to(master.device, master.dtype).clone()

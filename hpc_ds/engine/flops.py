@@ -91,7 +91,7 @@ class FlopsProfiler:
             yield
             return
         self._step = None  # the other micro-batches of the step are alike
-        with _counting(self._module) as modules:
+        with counting(self._module) as modules:
             yield
         self.modules = modules
         text = render(modules, self._config, step)
@@ -102,7 +102,7 @@ class FlopsProfiler:
 
 
 @contextmanager
-def _counting(module: nn.Module) -> Iterator[list[ModuleProfile]]:
+def counting(module: nn.Module) -> Iterator[list[ModuleProfile]]:
     """Count a forward; the list is complete once the context is left."""
     profiles: list[ModuleProfile] = []
     of_module: dict[nn.Module, ModuleProfile] = {}

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 _MARK = "_z3_leaf"
 
 
-def is_leaf_module(module: nn.Module) -> bool:
+def is_leaf_module(model: nn.Module) -> bool:
     """Whether a module is marked."""
-    return bool(getattr(module, _MARK, False))
+    return bool(getattr(model, _MARK, False))
 
 
-def is_of_leaf_module(parameter: nn.Parameter) -> bool:
+def is_of_leaf_module(model: nn.Parameter) -> bool:
     """Whether a parameter is said to belong to a marked module, by whoever says so: marks are on modules."""
-    return hasattr(parameter, "ds_z3_leaf_module")
+    return hasattr(model, "ds_z3_leaf_module")
 
 
 def get_leaf_modules(model: nn.Module) -> list[nn.Module]:
@@ -42,11 +42,11 @@ def get_leaf_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if is_leaf_module(module)]
 
 
-def set_leaf_module(module: nn.Module, flag: bool) -> None:
+def set_leaf_module(model: nn.Module, flag: bool) -> None:
     """Mark a module before ``initialize``, or take its mark."""
-    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-        raise ConfigError(f"leaf module {type(module).__name__}: it is sharded already; mark it before initialize")
-    setattr(module, _MARK, flag)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ConfigError(f"leaf module {type(model).__name__}: it is sharded already; mark it before initialize")
+    setattr(model, _MARK, flag)
 
 
 def set_leaf_modules(

@@ -36,6 +36,7 @@ def answer(payload: dict[str, Any]) -> dict[str, Any]:
         dist.barrier()
         tags = sorted(path.name for path in saves.iterdir() if path.is_dir())
         found[name] = {"told": told, "latest": (saves / "latest").read_text(), "tags": tags}
+        found[name]["script"] = (saves / "zero_to_fp32.py").exists()
     return {"scripts": found, **questions(payload)}
 
 

@@ -83,6 +83,18 @@ def test_a_script_that_activates_it_finds_it() -> None:
     check(told(sys.executable, "-c", below))
 
 
+def test_where_both_are_there_each_is_found_where_it_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed" / "__init__.py").write_text("")
+    (tmp_path / "deepspeed-0.19.8.dist-info").mkdir()
+    (tmp_path / "deepspeed-0.19.8.dist-info" / "METADATA").write_text("Name: deepspeed\nVersion: 0.19.8\n")
+    path = f"{tmp_path}{os.pathsep}{REPOSITORY}"
+    theirs = told(sys.executable, "-c", f"import hpc_ds, hpc_ds.compat\n{TELL}", PYTHONPATH=path)
+    assert (theirs["package"], theirs["version"]) == (str(tmp_path / "deepspeed" / "__init__.py"), "0.19.8")
+    check(told(*WRAPPER, sys.executable, "-c", TELL, PYTHONPATH=path))
+    check(told(sys.executable, "-c", f"import hpc_ds.compat\nhpc_ds.compat.activate()\n{TELL}", PYTHONPATH=path))
+
+
 def test_a_real_one_that_is_loaded_stays(tmp_path: Path) -> None:
     (tmp_path / "deepspeed.py").write_text("")
     late = "import deepspeed, hpc_ds.compat\ntry:\n hpc_ds.compat.activate()\nexcept hpc_ds.ConfigError as error:\n print(error)\n"

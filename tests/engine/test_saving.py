@@ -147,3 +147,41 @@ def test_a_run_started_again_that_loads_nothing_is_told_once(tmp_path: Path) -> 
     (warning,) = second
     assert warning.startswith(f"attempt 2 of this run trains from the beginning, and the checkpoints of {tmp_path}")
     assert warning.endswith("are not used; call engine.load_checkpoint() before the first step")
+
+
+def counted(_rank: int, folder: str) -> list[Any]:
+    """What a script finds in client_state after saves that its run made: one before its own, and two after."""
+    os.environ["HPCDS_RUN_DIR"], os.environ["HPCDS_ATTEMPT"] = folder, "1"
+    Path(folder, "config.json").write_text(json.dumps({"checkpoint": {"every_steps": 2, "async": False}}))
+    config = {
+        "train_batch_size": 3,
+        "gradient_accumulation_steps": 3,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    }
+
+    def steps(engine: Any, number: int) -> None:
+        for _ in range(3 * number):
+            engine.backward(engine(torch.ones(1, 3)).mean())
+            engine.step()
+
+    found = []
+    engine, *_ = hpc_ds.initialize(model=torch.nn.Linear(3, 1), config=config)
+    steps(engine, 2)
+    found.append(engine.load_checkpoint()[1])
+    steps(engine, 1)
+    given = {"epoch": 3, "step": 3, "last_iter": 2, "micro_step": 9, "samples": 9, "warmup_steps": 40, "lr_step": True}
+    engine.save_checkpoint(client_state=given)
+    for _ in range(2):
+        steps(engine, engine.global_steps % 2 + 2)
+        engine, *_ = hpc_ds.initialize(model=torch.nn.Linear(3, 1), config=config)
+        found.append(engine.load_checkpoint()[1])
+    return found
+
+
+@pytest.mark.ranks
+def test_numbers_of_the_script_that_count_steps_go_on_in_saves_of_the_run(tmp_path: Path) -> None:
+    ((before, once, twice),) = run_ranks(counted, 1, str(tmp_path))
+    assert before == {}
+    kept = {"epoch": 3, "warmup_steps": 40, "lr_step": True}
+    assert once == {**kept, "step": 6, "last_iter": 5, "micro_step": 18, "samples": 18}
+    assert twice == {**kept, "step": 8, "last_iter": 7, "micro_step": 24, "samples": 24}
