@@ -5,6 +5,7 @@ The same model and data are used by the tests, without DeepSpeed.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -103,7 +104,13 @@ def _run(folder: str, name: str, case: dict[str, Any]) -> list[float]:
     truth = _truth(engine, net, case)
     if dist.get_rank() == 0:
         torch.save(truth, f"{folder}/{name}.truth")
-    return [_step(engine, step) for step in range(STEPS, 2 * STEPS)]
+    losses = [_step(engine, step) for step in range(STEPS, 2 * STEPS)]
+    if dist.get_rank() == 0 and case["stage"]:  # only now has every rank written its part
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with contextlib.suppress(ValueError):  # its BF16_Optimizer's files are no ZeRO's to it
+            torch.save(get_fp32_state_dict_from_zero_checkpoint(f"{folder}/{name}"), f"{folder}/{name}.fp32")
+    return losses
 
 
 def _step(engine: Any, step: int) -> float:
