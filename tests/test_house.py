@@ -55,7 +55,7 @@ BUILTIN_ERRORS = {
     # What an import is answered with: Python's own words would hide ours.
     "ImportError": {("compat/modules.py", "find_spec")},
     # The rank was told to stop: a SystemExit of our own.
-    "Preempted": {("engine/", "")},
+    "Preempted": {("engine/", ""), ("integrations/trainer_callback.py", "on_save")},
     # Leaving the command line.
     "SystemExit": {("cli/", "")},
     "Exit": {("cli/", "")},
@@ -63,6 +63,7 @@ BUILTIN_ERRORS = {
 
 ENVIRONMENT_READERS = {
     "runtime/",  # a rank learns who it is
+    "integrations/accelerate.py",  # says it to accelerate, which asks the environment
     "cluster/shell.py",  # hands it on, without the variables of an enclosing job
     "cluster/callables.py",  # a function's job learns how often it was started
     "cluster/local.py",

@@ -10,6 +10,7 @@ import base64
 import json
 import logging
 import os
+import runpy
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,8 +89,6 @@ def encode_world_info(world_info: Any) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """``deepspeed``'s command line, by ``hpcds run --as-deepspeed``; ends the process, as a command does."""
-    from hpc_ds.cli import entry
-
-    sys.argv = ["hpcds", "run", "--as-deepspeed", *(sys.argv[1:] if args is None else args)]
-    entry.main()
+    """The command ``deepspeed``; ends the process, as a command does."""
+    sys.argv = ["deepspeed", *(sys.argv[1:] if args is None else args)]
+    runpy.run_path(str(Path(__file__).with_name("bin") / "launch.py"))

@@ -15,6 +15,9 @@ from hpc_ds.checkpoint.agree import together
 from hpc_ds.checkpoint.background import Background
 from hpc_ds.checkpoint.commit import Run
 from hpc_ds.engine import state as train_state
+from hpc_ds.engine.by_name import goes_by_deepspeed
+from hpc_ds.engine.client_state import brought_up, counts, going_with
+from hpc_ds.engine.recovery_script import leave_recovery_script
 from hpc_ds.engine.save_cost import SaveCost
 from hpc_ds.errors import CheckpointError
 from hpc_ds.runtime.progress import during, progress
@@ -22,6 +25,7 @@ from hpc_ds.runtime.roll_call import roll_call
 from hpc_ds.version import __version__
 
 if TYPE_CHECKING:
+    from hpc_ds.checkpoint.layout import Saved
     from hpc_ds.checkpoint.shards import Shard
     from hpc_ds.checkpoint.stored import Stored
     from hpc_ds.engine.engine import Engine
@@ -56,6 +60,7 @@ class Checkpoints:
         self._folder: Path | None = None  # of the last save or load
         self._loads_from: Path | None = None  # and so will the next start of the run
         self._client_state: dict[str, Any] = {}
+        self._counting: dict[str, tuple[str, int]] = {}  # numbers in it that go with the engine's counters
         self._background = Background()
         self._behind: int | None = None  # step of the save behind the training
         self.registered: dict[str, Any] = {}
@@ -83,7 +88,10 @@ class Checkpoints:
         tag = self._agreed_tag(str(tag) if tag is not None else f"global_step{self._engine.global_steps}")
         content = self._agreed_content(client, frozen=frozen, by_itself=False)
         self._save_now(self._folder_for(save_dir), tag, content, began, save_latest=save_latest)
-        self._client_state = client
+        self._keep(client)
+
+    def _keep(self, client: dict[str, Any]) -> None:
+        self._client_state, self._counting = client, going_with(client, self._engine)
 
     def _agreed_tag(self, tag: str) -> str:
         """Rank 0's, where ranks name different ones and the config does not make an error of it."""
@@ -107,7 +115,8 @@ class Checkpoints:
         """
         began = self.saved_at = time.monotonic()
         folder, tag = self._own_folder(), f"global_step{self._engine.global_steps}"
-        content = self._agreed_content(self._client_state, frozen=True, by_itself=True)
+        client = brought_up(self._client_state, self._counting, self._engine)
+        content = self._agreed_content(client, frozen=True, by_itself=True)
         if not behind:
             self._save_now(folder, tag, content, began, save_latest=True)
             self.prune()
@@ -116,7 +125,7 @@ class Checkpoints:
 
         def committed() -> None:
             started.wait()
-            self._saved(content.step, tag, time.monotonic() - began)
+            self._saved(folder, content.step, tag, time.monotonic() - began)
             self.prune()
 
         try:
@@ -130,9 +139,11 @@ class Checkpoints:
         writer.save(folder, tag, content, save_latest=save_latest)
         self.cost.stall_s = time.monotonic() - began
         self.saved_step = content.step
-        self._saved(content.step, tag, self.cost.stall_s)
+        self._saved(folder, content.step, tag, self.cost.stall_s)
 
-    def _saved(self, step: int, tag: str, seconds: float) -> None:
+    def _saved(self, folder: Path, step: int, tag: str, seconds: float) -> None:
+        if self._engine.global_rank == 0 and self._engine.zero_optimization():
+            leave_recovery_script(folder)
         self.cost.durable_s = seconds
         stall_s = seconds if self.cost.stall_s is None else self.cost.stall_s
         if self.tells:
@@ -283,7 +294,19 @@ class Checkpoints:
             self._watch.resumed(engine.global_samples)
         seconds = round(time.monotonic() - began, 3)
         engine.record("resumed", step=engine.global_steps, tag=loaded.stored.saved.tag, seconds=seconds)
-        return str(loaded.stored.path), client["client"]
+        kept = client["client"]
+        return str(loaded.stored.path), kept if module_only else self._for_the_script(loaded.stored.saved, kept)
+
+    def _for_the_script(self, saved: Saved, client: dict[str, Any]) -> dict[str, Any]:
+        """What ``load_checkpoint`` returns as the client state."""
+        if client or saved.state.get("made_by") is None or not goes_by_deepspeed():
+            return client
+        found = counts(self._engine)
+        if self._engine.global_rank == 0:
+            log.info(
+                "checkpoint %r: made by the run before the script's first save; client_state is %s", saved.tag, found
+            )
+        return found
 
     def _folder_to_load(self, given: str | Path | None, *, module_only: bool) -> Path:
         if module_only and given is not None:
@@ -339,4 +362,4 @@ class Checkpoints:
         for name, thing in self.registered.items():
             if name in client["registered"]:
                 thing.load_state_dict(client["registered"][name])
-        self._client_state = client["client"]
+        self._keep(client["client"])

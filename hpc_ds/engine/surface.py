@@ -207,7 +207,7 @@ class Surface(Answers, nn.Module):
             return getattr(module, name)
         except AttributeError:
             if name in LACKING:
-                raise AttributeError(f"engine.{name}: hpc_ds has no such thing; {LACKING[name]}") from None
+                raise AttributeError(f"engine.{name}: hpc_ds does not have it: {LACKING[name]}") from None
             raise
 
 

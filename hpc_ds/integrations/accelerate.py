@@ -2,11 +2,13 @@
 
 Two things in ``accelerate.state.PartialState`` stand in the way of a script that does not know where it runs:
 
-- it makes the process group itself, from MASTER_ADDR and MASTER_PORT, which nobody has set under srun or site ``local``
+- it takes its rank from RANK and LOCAL_RANK, which srun does not set, and makes the process group itself, from MASTER_ADDR
+  and MASTER_PORT, which nobody has set under srun or site ``local``
 - with DeepSpeed and without an accelerator it takes each process for the only one, unless ``use_cpu`` is given, which
   leaves DeepSpeed's own start out
 
-So the group is made before by ``init_distributed``, and a process of several without an accelerator is told what it is.
+So the variables are set, the group is made before by ``init_distributed``, and a process of several without an accelerator
+is told what it is.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import functools
 import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from hpc_ds.compat.environment import variables_of_the_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +34,7 @@ def attach(module: ModuleType) -> None:
     if hasattr(state, _MARK):
         return
     setattr(state, _MARK, True)
+    os.environ.update(variables_of_the_rank(os.environ))
     own_init, own_backend = state.__init__, state._prepare_backend  # noqa: SLF001 - accelerate has no other door
 
     @functools.wraps(own_init)

@@ -5,7 +5,6 @@ The same model and data are used by the tests, without DeepSpeed.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -105,11 +104,11 @@ def _run(folder: str, name: str, case: dict[str, Any]) -> list[float]:
     if dist.get_rank() == 0:
         torch.save(truth, f"{folder}/{name}.truth")
     losses = [_step(engine, step) for step in range(STEPS, 2 * STEPS)]
-    if dist.get_rank() == 0 and case["stage"]:  # only now has every rank written its part
+    # Only now has every rank written its part; and what keeps its own fp32 gradients, its tool does not read.
+    if dist.get_rank() == 0 and case["stage"] and "more" not in case:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        with contextlib.suppress(ValueError):  # its BF16_Optimizer's files are no ZeRO's to it
-            torch.save(get_fp32_state_dict_from_zero_checkpoint(f"{folder}/{name}"), f"{folder}/{name}.fp32")
+        torch.save(get_fp32_state_dict_from_zero_checkpoint(f"{folder}/{name}"), f"{folder}/{name}.fp32")
     return losses
 
 

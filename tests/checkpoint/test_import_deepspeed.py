@@ -18,6 +18,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 import hpc_ds
+from hpc_ds.checkpoint.export import export_safetensors, export_torch
 from hpc_ds.checkpoint.import_deepspeed import import_deepspeed as run_import
 from hpc_ds.checkpoint.verify import damages, open_whole
 from hpc_ds.compat import zero_to_fp32
@@ -98,6 +99,36 @@ def test_masters_and_optimizer_state_are_those_of_deepspeed_to_the_bit(
     frozen = found["model.frozen.weight"]
     assert name == "0-fp32" or torch.equal(frozen, model.frozen.weight.detach().to(frozen.dtype))
     assert torch.equal(found["model.factor"].float(), model.factor)
+
+
+ITS_TOOL_READS = [
+    name for name, case in ON_TWO.items() if case["stage"] and "more" not in case and name != DAMAGED_BY_DEEPSPEED
+]
+
+
+@pytest.mark.parametrize("name", ITS_TOOL_READS)
+def test_what_is_exported_is_what_zero_to_fp32_gives(saves: dict[int, Any], tmp_path: Path, name: str) -> None:
+    """Same names, tied ones included, and the same values to the bit, in both formats; at stage 1 its tool loses the frozen."""
+    folder = saves[2][0]
+    stored = open_whole(run_import(folder / name, tmp_path / "ours"))
+    wanted = torch.load(folder / f"{name}.fp32")
+    export_torch(stored, tmp_path / "pytorch_model.bin", "F32")
+    export_safetensors(stored, tmp_path / "safe", "F32", 5_000_000_000)
+    for found in (torch.load(tmp_path / "pytorch_model.bin"), load_file(tmp_path / "safe" / "model.safetensors")):
+        lost = {"frozen.weight", "frozen.bias"} if ON_TWO[name]["stage"] == 1 else set()
+        assert (found.keys() - wanted.keys(), wanted.keys() - found.keys()) == (lost, set())
+        assert [key for key, value in wanted.items() if not torch.equal(found[key], value.float())] == []
+
+
+def test_a_checkpoint_of_the_trainer_is_imported_where_it_lies(saves: dict[int, Any], tmp_path: Path) -> None:
+    """``out/checkpoint-3`` holds the tag, ``latest``, weights and the Trainer's own state, side by side."""
+    theirs = tmp_path / "out" / "checkpoint-3"
+    shutil.copytree(saves[2][0] / "3-bf16", theirs)
+    for name in ("trainer_state.json", "config.json", "model.safetensors", "rng_state_0.pth", "scheduler.pt"):
+        (theirs / name).write_text("{}")
+    assert open_whole(run_import(theirs, tmp_path / "ours")).step == STEPS
+    with pytest.raises(CheckpointError, match="it has no file 'latest'; say which with --tag"):
+        run_import(theirs.parent, tmp_path / "ours")
 
 
 def test_round_robin_masters_are_those_of_the_weights(saves: dict[int, Any], tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_a_command_line_writes_the_weights(pair: Outcomes, folder: Path, tmp_pat
     assert torch.equal(found["head.weight"], pair["saved"][0]["tokens.weight"])
     with pytest.raises(ConfigError, match="dtype 'int8': not one to write; use bf16,"):
         zero_to_fp32.convert_zero_checkpoint_to_state_dict(folder, tmp_path, dtype="int8")
-    with pytest.raises(CheckpointError, match="no such folder|it has no"):
+    with pytest.raises(CheckpointError, match="no such folder"):
         zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(folder / "nothing")
     with pytest.raises(CheckpointError, match="it has no 'global_step9'"):
         zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(folder, tag="global_step9")

@@ -15,6 +15,7 @@ import torch
 from ranks import run_ranks
 
 import hpc_ds
+import hpc_ds.compat
 from hpc_ds.checkpoint import writer
 from hpc_ds.runtime import preemption
 
@@ -147,3 +148,53 @@ def test_a_run_started_again_that_loads_nothing_is_told_once(tmp_path: Path) -> 
     (warning,) = second
     assert warning.startswith(f"attempt 2 of this run trains from the beginning, and the checkpoints of {tmp_path}")
     assert warning.endswith("are not used; call engine.load_checkpoint() before the first step")
+
+
+def counted(_rank: int, folder: str) -> list[Any]:
+    """What a script finds in client_state after saves that its run made: one before its own, and two after."""
+    os.environ["HPCDS_RUN_DIR"], os.environ["HPCDS_ATTEMPT"] = folder, "1"
+    Path(folder, "config.json").write_text(json.dumps({"checkpoint": {"every_steps": 2, "async": False}}))
+    config = {
+        "train_batch_size": 3,
+        "gradient_accumulation_steps": 3,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    }
+
+    def start() -> Any:
+        data = [torch.ones(3)] * 9  # three steps of an epoch
+        return hpc_ds.initialize(model=torch.nn.Linear(3, 1), config=config, training_data=data)[0]
+
+    def train(engine: Any, until: int) -> None:
+        while engine.global_steps < until:
+            for batch in engine.training_dataloader:
+                engine.backward(engine(batch).mean())
+                engine.step()
+                if engine.global_steps == until:
+                    break
+
+    engine = start()
+    train(engine, 2)
+    found = [engine.load_checkpoint()[1]]
+    hpc_ds.compat.activate()
+    import deepspeed  # noqa: F401 - a script that knows no other name
+
+    found.append(engine.load_checkpoint()[1])
+    train(engine, 3)
+    given = {"epoch": 0, "step": 3, "last_iter": 2, "micro_step": 9, "samples": 9, "warmup_steps": 40, "lr_step": True}
+    engine.save_checkpoint(client_state=given)
+    for until in (6, 8):
+        train(engine, until)
+        engine = start()
+        found.append(engine.load_checkpoint()[1])
+    return found
+
+
+@pytest.mark.ranks
+def test_numbers_of_the_script_that_count_steps_go_on_in_saves_of_the_run(tmp_path: Path) -> None:
+    ((native, script, once, twice),) = run_ranks(counted, 1, str(tmp_path))
+    assert native == {}
+    steps = dict.fromkeys(("step", "steps", "global_step", "global_steps", "iteration", "iter"), 2)
+    assert script == {**steps, "samples": 6, "epoch": -1}  # no epoch is whole yet
+    kept = {"warmup_steps": 40, "lr_step": True}
+    assert once == {**kept, "epoch": 1, "step": 6, "last_iter": 5, "micro_step": 18, "samples": 18}
+    assert twice == {**kept, "epoch": 1, "step": 8, "last_iter": 7, "micro_step": 24, "samples": 24}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -70,6 +71,7 @@ def with_plugin(_rank: int, stage: int, folder: Path) -> dict[str, Any]:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)  # of the case before
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # older versions leave that of a Trainer here
     plugin = DeepSpeedPlugin(zero_stage=stage, gradient_accumulation_steps=2, gradient_clipping=1.0)
     return loop(Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=2), folder, BATCH // 4)
 
