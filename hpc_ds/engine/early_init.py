@@ -27,6 +27,7 @@ from hpc_ds.runtime.process_group import init_distributed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from pathlib import Path
     from types import TracebackType
 
@@ -124,11 +125,13 @@ class Init:
         ):
             self._stack.callback(handle.remove)
 
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Shard what is left; after an error nothing, for the other ranks may not be here."""
         if not self._enabled:
             return
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
         _contexts.remove(self)
         if kind is None:
             for owner in self._pending:
@@ -166,44 +169,66 @@ def _apply_to_whole(module: nn.Module, function: Callable[[nn.Module], None]) ->
 
 
 class _WholeForWrites(TorchFunctionMode):
-    """Lets a module write to parameters of the modules that it has made, as if they were not sharded yet.
+    """Lets a constructor write to parameters of the modules that it has made, as if they were not sharded yet.
 
-    ``nn.init.normal_(self.head.weight)`` and ``self.head.weight.data.mul_(2)`` in a constructor would write to nothing, silently.
+    ``nn.init.normal_(self.head.weight)``, ``self.head.weight.data.mul_(2)`` and ``nn.init.zeros_(self.head.weight[0])`` would write
+    to nothing, or fail. Of what a view is taken stays whole for a while. Looking at shapes gathers nothing: a script may do so on
+    one rank.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._data: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what was seen as ``parameter.data`` -> the parameter
+        self._open: dict[nn.Parameter, AbstractContextManager[None]] = {}  # what has views, the oldest first
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Shard again what has views."""
+        for context in self._open.values():
+            context.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call] # torch's stubs
 
     def __torch_function__(
         self, function: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if _is_write(function):
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        writes = _in_place(name) or function == _SET_DATA
+        if writes or name in _VIEWS:
             found = [
                 self._data.get(each, each) for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)
             ]
             wanted = [each for each in found if lacks_elements(each)]
-            if wanted:
+            if wanted and writes:
                 with gathered(wanted, 0):
-                    args, kwargs = tree_map_only(torch.Tensor, self._whole, (args, kwargs))
-                    return function(*args, **kwargs)
+                    return function(*self._whole(args), **self._whole(kwargs))
+            for parameter in wanted:
+                self._keep_whole(parameter)
+            args, kwargs = self._whole(args), self._whole(kwargs)
         value = function(*args, **kwargs)
         if function == _GET_DATA and lacks_elements(args[0]):
             self._data[value] = args[0]
         return value
 
-    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._data[tensor].data if tensor in self._data else tensor
+    def _keep_whole(self, parameter: nn.Parameter) -> None:
+        if len(self._open) == _MOST_OPEN:
+            self._open.pop(next(iter(self._open))).__exit__(None, None, None)
+        self._open[parameter] = gathered([parameter], 0)
+        self._open[parameter].__enter__()
+
+    def _whole(self, arguments: Any) -> Any:
+        return tree_map_only(
+            torch.Tensor, lambda each: self._data[each].data if each in self._data else each, arguments
+        )
 
 
 _GET_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined] # a C descriptor
+_VIEWS = {"__getitem__", "select", "narrow", "chunk", "split", "unbind", "view", "reshape", "flatten", "t", "transpose"}
+_MOST_OPEN = 4
 
 
-def _is_write(function: Any) -> bool:
-    name = getattr(function, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-    return in_place or name == "__setitem__" or function == _SET_DATA
+def _in_place(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__") and name != "requires_grad_") or name == "__setitem__"
 
 
 def _refuse_unsupported(mpu: object, others: dict[str, Any]) -> None:

@@ -36,8 +36,21 @@ def answer(payload: dict[str, Any]) -> dict[str, Any]:
         dist.barrier()
         tags = sorted(path.name for path in saves.iterdir() if path.is_dir())
         found[name] = {"told": told, "latest": (saves / "latest").read_text(), "tags": tags}
-        found[name]["script"] = (saves / "zero_to_fp32.py").exists()
+        found[name]["exported"] = exported(saves) if dist.get_rank() == 0 else None
     return {"scripts": found, **questions(payload)}
+
+
+def exported(saves: Path) -> list[Any]:
+    """What the script that lies beside the checkpoints makes of the newest."""
+    import torch
+
+    words, sys.argv = sys.argv, ["zero_to_fp32.py", str(saves), str(saves / "out")]
+    try:
+        runpy.run_path(str(saves / "zero_to_fp32.py"), run_name="__main__")
+    finally:
+        sys.argv = words
+    weights = torch.load(saves / "out" / "pytorch_model.bin", weights_only=True)
+    return [[name, str(value.dtype), value.norm().item()] for name, value in sorted(weights.items())]
 
 
 def main(folder: Path) -> None:

@@ -93,7 +93,10 @@ def test_what_a_script_sees_and_leaves_behind_agrees(
         wanted, found = its["scripts"][script], own["scripts"][script]
         for start in [*wanted["told"], *found["told"]]:
             del start["losses"]
+        weights, own_weights = wanted.pop("exported"), found.pop("exported")
         assert list(differences(wanted, found)) == []
+        # Adam makes whole steps of what bf16 rounds: the norm of a bias that has hardly a gradient is another.
+        assert list(differences(weights, own_weights, rel=0.05)) == []
         assert wanted["told"][1]["first"] > 0  # the second start went on from the first
 
 
@@ -127,16 +130,16 @@ def test_every_name_of_its_engine_is_there_or_says_why_not(
     assert len(its & own) > 130
 
 
-def differences(wanted: Any, found: Any, at: tuple[Any, ...] = ()) -> Any:
+def differences(wanted: Any, found: Any, at: tuple[Any, ...] = (), rel: float = 2e-3) -> Any:
     """Where two JSON values differ by more than bf16's rounding: the place and both."""
     if isinstance(wanted, dict) and isinstance(found, dict):
         for key in sorted(wanted.keys() | found.keys()):
-            yield from differences(wanted.get(key, "missing"), found.get(key, "missing"), (*at, key))
+            yield from differences(wanted.get(key, "missing"), found.get(key, "missing"), (*at, key), rel)
     elif isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
         for index, (one, other) in enumerate(zip(wanted, found, strict=True)):
-            yield from differences(one, other, (*at, index))
+            yield from differences(one, other, (*at, index), rel)
     elif isinstance(wanted, float) and isinstance(found, float):
-        if found != pytest.approx(wanted, rel=2e-3, abs=1e-3):
+        if found != pytest.approx(wanted, rel=rel, abs=1e-3):
             yield at, wanted, found
     elif wanted != found:
         yield at, wanted, found

@@ -46,10 +46,13 @@ class Odd(nn.Module):
         nn.init.normal_(self.one.weight)
         self.one.weight.data.mul_(2)
         self.two.weight.data = torch.ones(1, 5)
+        views = [self.later.weight[1], self.two.weight.data[0], self.one.weight[2:]]
         with torch.no_grad():
+            for number, view in enumerate(views):
+                view.fill_(number)
             self.two.bias[0] = 3.0
             self.one.bias.fill_(1)
-        self.later.weight = nn.Parameter(torch.eye(2))
+        self.three.weight = nn.Parameter(torch.eye(2))
         self.tied = nn.Linear(3, 5)
         self.tied.weight = self.one.weight
         self.apply(self.fill)

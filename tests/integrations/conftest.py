@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import test_accelerate
+import test_early_loading
 import test_trainer
 import test_trainer_stories
 from ranks import Outcomes, run_cases
@@ -23,5 +24,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def came(folder: Path) -> Outcomes:
     """What came of every case."""
-    modules = (test_trainer, test_trainer_stories, test_accelerate)
+    modules = (test_trainer, test_trainer_stories, test_accelerate, test_early_loading)
     return run_cases(2, {name: case for module in modules for name, case in module.cases(folder).items()}, worlds=2)

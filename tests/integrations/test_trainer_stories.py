@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_models import MODELS
-from trainers import Texts, config, make, plain, told, trainer, worst
+from trainers import Texts, adapted_to, config, make, plain, told, trainer, worst
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,20 +99,12 @@ def lora(_rank: int, stage: int, folder: Path) -> dict[str, Any]:
     from hpc_ds.compat import activate
 
     activate()
-    made = trainer("llama", folder, config(stage, scheduler=False), model=adapted(), **BF16)
+    made = trainer("llama", folder, config(stage, scheduler=False), model=adapted_to(make("llama")), **BF16)
     made.train()
     made.save_model()
     dist.barrier()
     frozen = {name for name, value in made.model.named_parameters() if not value.requires_grad}
     return {"loss": told(made, "loss"), "files": sorted(path.name for path in folder.iterdir()), "frozen": len(frozen)}
-
-
-def adapted() -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(2)
-    asked = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
-    return get_peft_model(make("llama"), asked)
 
 
 def evaluate_only(_rank: int, folder: Path) -> float:
@@ -201,7 +193,7 @@ def test_it_generates_what_the_plain_model_does(came: Outcomes, stage: int) -> N
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_adapters_train_as_in_one_process(came: Outcomes, stage: int, tmp_path: Path) -> None:
-    made = trainer("llama", tmp_path, None, model=adapted(), **BF16)
+    made = trainer("llama", tmp_path, None, model=adapted_to(make("llama")), **BF16)
     made.train()
     for rank in came[f"lora-{stage}"]:
         assert worst(rank["loss"], told(made, "loss")) < 4e-3

@@ -76,6 +76,15 @@ def make(name: str) -> nn.Module:
     return MODELS[name]()
 
 
+def adapted_to(model: nn.Module) -> Any:
+    """A model with adapters, the same ones whatever was drawn before."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(2)
+    asked = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
+    return get_peft_model(model, asked)
+
+
 def trainer(
     name: str, folder: Path, deepspeed: dict[str, Any] | None, model: nn.Module | None = None, **asked: Any
 ) -> Any:
