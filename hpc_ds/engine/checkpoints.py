@@ -15,7 +15,8 @@ from hpc_ds.checkpoint.agree import together
 from hpc_ds.checkpoint.background import Background
 from hpc_ds.checkpoint.commit import Run
 from hpc_ds.engine import state as train_state
-from hpc_ds.engine.client_state import brought_up, going_with
+from hpc_ds.engine.by_name import goes_by_deepspeed
+from hpc_ds.engine.client_state import brought_up, counts, going_with
 from hpc_ds.engine.recovery_script import leave_recovery_script
 from hpc_ds.engine.save_cost import SaveCost
 from hpc_ds.errors import CheckpointError
@@ -291,18 +292,21 @@ class Checkpoints:
             if loaded.rank_state is not None:
                 train_state.restore_random_states(loaded.rank_state)
             self._watch.resumed(engine.global_samples)
-            self._warn_of_no_client_state(loaded.stored.saved, client["client"])
         seconds = round(time.monotonic() - began, 3)
         engine.record("resumed", step=engine.global_steps, tag=loaded.stored.saved.tag, seconds=seconds)
-        return str(loaded.stored.path), client["client"]
+        kept = client["client"]
+        return str(loaded.stored.path), kept if module_only else self._for_the_script(loaded.stored.saved, kept)
 
-    def _warn_of_no_client_state(self, saved: Saved, client: dict[str, Any]) -> None:
-        if saved.state.get("made_by") is not None and not client and self._engine.global_rank == 0:
+    def _for_the_script(self, saved: Saved, client: dict[str, Any]) -> dict[str, Any]:
+        """What ``load_checkpoint`` returns as the client state."""
+        if client or saved.state.get("made_by") is None or not goes_by_deepspeed():
+            return client
+        found = counts(self._engine)
+        if self._engine.global_rank == 0:
             log.info(
-                "checkpoint %r: made by the run itself, before any save of the script's: client_state is empty; go on from "
-                "engine.global_steps, %d",
-                saved.tag, self._engine.global_steps,
-            )  # fmt: skip
+                "checkpoint %r: made by the run before the script's first save; client_state is %s", saved.tag, found
+            )
+        return found
 
     def _folder_to_load(self, given: str | Path | None, *, module_only: bool) -> Path:
         if module_only and given is not None:

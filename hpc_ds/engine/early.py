@@ -185,9 +185,20 @@ def restore(module: nn.Module) -> set[nn.Parameter]:
                 for name in _ATTRIBUTES:
                     delattr(parameter, name)
                 restored.add(parameter)
-        if owner in _guards and not any(map(is_cut, owner._parameters.values())):  # noqa: SLF001 - as above
+        if owner in _guards:
             _guards.pop(owner).remove()
+        elif _refuse_unready in owner._forward_pre_hooks.values():  # noqa: SLF001 - there is no public way
+            _refuse_empty_copy(owner)
     return restored
+
+
+def _refuse_empty_copy(owner: nn.Module) -> None:
+    """A copy of a module keeps its guard, and nothing else of what we know of it."""
+    if any(parameter.shape == (0,) and not is_cut(parameter) for parameter in owner.parameters(recurse=False)):
+        raise ConfigError(
+            f"model: it has a copy of a {type(owner).__name__} that was sharded by zero.Init, with nothing in it; copy it "
+            "inside of `with hpc_ds.zero.GatheredParameters(parameters):`"
+        )
 
 
 def lacks_elements(tensor: object) -> bool:
@@ -196,6 +207,8 @@ def lacks_elements(tensor: object) -> bool:
 
 
 def _refuse_unready(module: nn.Module, _: object) -> None:
+    if module not in _guards:
+        _refuse_empty_copy(module)
     for name, parameter in module.named_parameters(recurse=False):
         if lacks_elements(parameter):
             raise ConfigError(

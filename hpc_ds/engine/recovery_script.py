@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sys
 from typing import TYPE_CHECKING
+
+from hpc_ds.engine.by_name import goes_by_deepspeed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,9 +25,8 @@ main()
 
 def leave_recovery_script(folder: Path) -> None:
     """Write it, where hpc_ds goes by the name deepspeed in this process and there is none. For rank 0."""
-    asked_for = sys.modules.get("deepspeed")
     path = folder / NAME
-    if not str(getattr(asked_for, "__version__", "")).endswith("+hpcds") or path.exists():
+    if not goes_by_deepspeed() or path.exists():
         return
     try:
         path.write_text(_SCRIPT, encoding="utf-8")

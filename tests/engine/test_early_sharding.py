@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +162,30 @@ def test_gathered_parameters_are_whole_inside_and_keep_what_the_writer_wrote(pai
         assert rank["after"] == 4.0
 
 
+def copied(_: int) -> dict[str, Any]:
+    """Copies of what has no elements, and of what has."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    Init(module=model)
+    empty = copy.deepcopy(model)
+    with GatheredParameters(model.parameters()):
+        whole = copy.deepcopy(model)
+        output = model(torch.ones(1, 3))
+    return {
+        "forward": said(lambda: empty(torch.ones(1, 3))),
+        "initialize": said(lambda: engine_for(0, model=empty)),
+        "same": torch.equal(output, engine_for(3, model=whole)(torch.ones(1, 3))),
+    }
+
+
+def test_a_copy_has_what_was_there_to_copy(pair: Outcomes) -> None:
+    for rank in pair["copied"]:
+        for message in (rank["forward"], rank["initialize"]):
+            assert message.startswith(
+                "ConfigError: model: it has a copy of a Linear that was sharded by zero.Init, with nothing"
+            )
+        assert rank["same"]
+
+
 def arguments(_: int) -> dict[str, Any]:
     """What is refused, what is harmless, types, nesting, and an error inside."""
     refused = {
@@ -205,6 +230,13 @@ def test_arguments_are_refused_or_mean_what_they_mean(pair: Outcomes) -> None:
             assert "; " in message, name
 
 
+def started(_: int, model: nn.Module, stage: int) -> dict[str, Any]:
+    """The engine is made and used before the context has ended."""
+    engine = engine_for(stage, model=model)
+    losses = [advance(engine, batch) for batch in batches()]
+    return {"values": values_of(engine), "losses": losses, "tied": True, "left": 0}
+
+
 def train(rank: int, stage: int, how: str, folder: Path) -> dict[str, Any]:
     """Train an early sharded model, save, and go on from there with another one."""
 
@@ -216,6 +248,9 @@ def train(rank: int, stage: int, how: str, folder: Path) -> dict[str, Any]:
         with Init():
             return Standing(seed=1 + rank)
 
+    if how == "within":
+        with Init():
+            return started(rank, Standing(seed=1 + rank), stage)
     given = sharded()
     first = list(given.parameters())
     optimizer = torch.optim.AdamW(given.parameters(), lr=1e-2, weight_decay=0.1) if how == "module" else None
@@ -231,7 +266,7 @@ def train(rank: int, stage: int, how: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("how", ["context", "module"])
+@pytest.mark.parametrize("how", ["context", "module", "within"])
 def test_training_after_init_is_training_without_it(pair: Outcomes, how: str, stage: int) -> None:
     for rank in pair[f"train {how} {stage}"]:
         assert distance(rank["values"], reference().values) < 1e-6
@@ -306,11 +341,16 @@ def test_no_rank_ever_holds_more_than_a_block_and_its_shards(pair: Outcomes, hel
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """What two ranks did in all cases of this file."""
     folder = tmp_path_factory.mktemp("early")
-    cases: dict[str, Any] = {"made": (made, ()), "gathering": (gathering, ()), "arguments": (arguments, ())}
+    cases: dict[str, Any] = {
+        "made": (made, ()),
+        "gathering": (gathering, ()),
+        "arguments": (arguments, ()),
+        "copied": (copied, ()),
+    }
     cases |= {f"peak {held}": (peak, (held,)) for held in (False, True)}
     cases |= {
         f"train {how} {stage}": (train, (stage, how, folder / f"{how}-{stage}"))
-        for how in ("context", "module")
+        for how in ("context", "module", "within")
         for stage in STAGES
     }
     return run_cases(2, cases, worlds=2)

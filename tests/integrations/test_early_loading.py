@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from hf_models import MODELS, VOCABULARY
 from standing import Reference, engine_for, micro_batches, torchs, values_of
-from trainers import adapted_to, make
+from trainers import adapted_to, config, make, told, trainer
 
 from hpc_ds import zero
 from hpc_ds.compat import activate
@@ -126,6 +126,21 @@ def adapt(rank: int, folder: Path) -> dict[str, Any]:
     return {"counts": counts, **train(model)}
 
 
+def by_trainer(rank: int, folder: Path) -> dict[str, Any]:
+    """A Trainer's run from a loaded model, and from one made whole; then each rank generates from what it has trained."""
+    held = alive()
+    model = loaded(rank, "gpt2", folder / "in")
+    made = trainer("gpt2", folder / "out", config(3), model=model)
+    del held
+    made.train()
+    made.save_model()
+    text = torch.ones(1 + rank, 3 + rank, dtype=torch.long)
+    generated = made.model.generate(text, max_new_tokens=2 + rank, do_sample=False, synced_gpus=True)
+    whole_one = trainer("gpt2", folder / "whole", config(3))
+    whole_one.train()
+    return {"losses": told(made, "loss"), "wanted": told(whole_one, "loss"), "text": text, "generated": generated}
+
+
 def far(found: dict[str, torch.Tensor], model: nn.Module) -> float:
     """The difference over the norm of the whole model."""
     named = {name: value.detach() for name, value in model.named_parameters()}
@@ -198,6 +213,14 @@ def test_adapters_on_a_sharded_model_train_as_in_one_process(came: Outcomes) -> 
         assert far(rank["values"], wanted) < 1e-6
 
 
+def test_a_trainer_trains_and_saves_a_loaded_model(came: Outcomes, folder: Path) -> None:
+    trained = type(make("gpt2")).from_pretrained(folder / "by-trainer" / "out").eval()
+    for rank in came["by-trainer"]:
+        assert rank["losses"] == rank["wanted"]
+        length = rank["generated"].shape[1] - rank["text"].shape[1]
+        assert torch.equal(trained.generate(rank["text"], max_new_tokens=length, do_sample=False), rank["generated"])
+
+
 def cases(folder: Path) -> dict[str, Any]:
     """What the ranks shall do, each in a folder of its own."""
     made: dict[str, Any] = {f"load-{name}": (load, (name, folder / f"load-{name}")) for name in MODELS}
@@ -205,5 +228,6 @@ def cases(folder: Path) -> dict[str, Any]:
     made |= {f"inside-{name}": (inside, (name,)) for name in MODELS}
     made |= {f"resize-{name}": (resize, (name, folder / f"resize-{name}")) for name in ("gpt2", "llama")}
     made["load-in-bf16"] = load_in_bf16, (folder / "load-in-bf16",)
+    made["by-trainer"] = by_trainer, (folder / "by-trainer",)
     made["adapt"] = adapt, (folder / "adapt",)
     return made
