@@ -93,11 +93,7 @@ def _arranged(checkpoint: DeepSpeedCheckpoint) -> tuple[list[Gathered], dict[str
         "created": time.time(),
         "versions": {"hpc_ds": __version__, "deepspeed": str(checkpoint.model[0].get("ds_version"))},
         "config_hash": None,
-        "state": {
-            **_state(checkpoint),
-            "tied": tied,
-            "frozen": list(checkpoint.model[0].get("frozen_param_shapes") or ()),
-        },
+        "state": {**_state(checkpoint), "tied": tied, "frozen": _frozen(checkpoint, tied)},
         "client_state": client_state,
     }
 
@@ -194,6 +190,15 @@ def _tied(checkpoint: DeepSpeedCheckpoint) -> dict[str, str]:
         if isinstance(tensor, InFile) and tensor.length and first_of.setdefault(tensor, name) != name:
             tied.setdefault(name, first_of[tensor])
     return tied
+
+
+def _frozen(checkpoint: DeepSpeedCheckpoint, tied: dict[str, str]) -> list[str] | None:
+    """The parameters that were not trained; None at stage 0, whose files do not say."""
+    model = checkpoint.model[0]
+    if not checkpoint.stage:
+        return None
+    trained = {name for group in model["param_shapes"] for name in group}
+    return [name for name in model["module"] if name not in {*trained, *tied, *(model["buffer_names"] or ())}]
 
 
 def _tensors(checkpoint: DeepSpeedCheckpoint, tied: dict[str, str]) -> list[Gathered]:

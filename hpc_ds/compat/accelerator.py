@@ -29,6 +29,13 @@ _TYPES = {
     "IntTensor": torch.int,
     "LongTensor": torch.long,
 }
+_NEWER = {
+    "memory_cached": "memory_reserved",
+    "max_memory_cached": "max_memory_reserved",
+    "reset_max_memory_cached": "reset_peak_memory_stats",
+    "reset_max_memory_allocated": "reset_peak_memory_stats",
+}
+"""Names that torch has given others."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -122,7 +129,7 @@ class CudaAccelerator(Accelerator):
 
     def __getattr__(self, name: str) -> Any:
         # memory_allocated, empty_cache, set_device, synchronize, manual_seed, Stream, Event, ...: torch.cuda's own
-        found = None if name.startswith("_") else getattr(torch.cuda, name, None)
+        found = None if name.startswith("_") else getattr(torch.cuda, _NEWER.get(name, name), None)
         return super().__getattr__(name) if found is None else found
 
     def device(self, device_index: int | None = None) -> torch.device:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 TOP = "deepspeed"
 _TOLD = {"__version__": VERSION, "__git_hash__": GIT_HASH, "__git_branch__": GIT_BRANCH}
-_PARTS = dict(zip(("__version_major__", "__version_minor__", "__version_patch__"), (0, 19, 8), strict=True))
+_PARTS = [f"__version_{part}__" for part in ("major", "minor", "patch")]
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -70,8 +70,8 @@ def _is_import() -> bool:
     Both ask through one function of importlib's, so its caller tells. Where that has another name some day, what is missing
     is still an ImportError, with Python's own words.
     """
-    caller = sys._getframe(3)  # noqa: SLF001 - this function, find_spec, importlib's _find_spec, who called it
-    return caller.f_code.co_name == "_find_and_load_unlocked"
+    asks = sys._getframe(2).f_back  # noqa: SLF001 - behind this function, find_spec, and importlib's _find_spec
+    return asks is not None and asks.f_code.co_name == "_find_and_load_unlocked"
 
 
 def furnish(name: str) -> None:
@@ -103,7 +103,8 @@ def furnish(name: str) -> None:
             importlib.import_module(f"{name}.{attribute}")
             vars(module).pop(attribute)
     if name == TOP:
-        vars(module).update(_TOLD, **_PARTS)
+        numbers = map(int, VERSION.partition("+")[0].split("."))
+        vars(module).update(_TOLD, **dict(zip(_PARTS, numbers, strict=True)))
 
 
 def _fetch(home: str) -> object:

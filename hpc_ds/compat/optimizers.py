@@ -51,7 +51,7 @@ class FusedAdam(torch.optim.Adam):
         amsgrad: bool = False,
         set_grad_none: bool = True,  # noqa: ARG002 - DeepSpeed's signature
     ) -> None:
-        _refuse(type(self), amsgrad=amsgrad, without_correction=not bias_correction)
+        _refuse(type(self), **{"amsgrad": amsgrad, "bias_correction=False": not bias_correction})
         super().__init__(params, lr, betas, eps, weight_decay, decoupled_weight_decay=adam_w_mode, fused=True)
 
 
@@ -171,7 +171,7 @@ class FusedLamb(Lamb):
 _CURES = {
     "amsgrad": "leave it out",
     "max_grad_norm": "use gradient_clipping in the config",
-    "without_correction": "bias_correction=False is for the class itself, not for one derived from it",
+    "bias_correction=False": "use the class itself, not one derived from it",
 }
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,12 +40,11 @@ _OUTPUT = {
 _LARGEST = 1 << 62  # of a file that may have any size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Opened:
-    """A checkpoint to read weights from, and the temporary folder that it lies in, where it does."""
+    """A checkpoint to read weights from."""
 
     stored: Stored
-    kept: tempfile.TemporaryDirectory[str] | None = None
 
 
 class LazyWeight:
@@ -178,8 +179,14 @@ def _open(folder: Path, tag: str | None) -> _Opened:
     found = [folder / tag] if tag is not None else layout.candidates(folder)
     if found and (found[0] / layout.MANIFEST).is_file():
         return _Opened(open_whole(found[0]))
-    kept = tempfile.TemporaryDirectory(prefix="hpc_ds-weights-")
-    return _Opened(open_whole(import_deepspeed(folder, Path(kept.name), tag, weights_only=True)), kept)
+    made = tempfile.mkdtemp(prefix="hpc_ds-weights-")
+    try:
+        opened = _Opened(open_whole(import_deepspeed(folder, Path(made), tag, weights_only=True)))
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    weakref.finalize(opened, shutil.rmtree, made, ignore_errors=True)  # when the last weight in it has been let go
+    return opened
 
 
 def _frozen(stored: Stored) -> set[str]:

@@ -15,9 +15,7 @@ _INSTEAD = {
     "states stay where they are; set zero_optimization.offload_optimizer, or offload_param at stage 3": (
         "offload_states reload_states swap_tensor_config"
     ),
-    "monitors are the engine's own; set tensorboard, csv_monitor or wandb, and log your own with theirs": (
-        "monitor summary_events"
-    ),
+    "write to engine.monitor": "summary_events",
     "set wall_clock_breakdown and read the log, or the run's events": (
         "timers tput_timer engine_timers engine_timers_cache get_wall_clock_timers print_forward_breakdown fwd_duration"
     ),

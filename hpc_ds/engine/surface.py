@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hpc_ds.engine.agreement import Agreed
     from hpc_ds.engine.loss_scale import LossScale
     from hpc_ds.engine.sharding import Sharding
+    from hpc_ds.engine.watching import ScriptMonitor, Watch
 
 
 class Surface(Answers, nn.Module):
@@ -34,6 +35,7 @@ class Surface(Answers, nn.Module):
     lr_scheduler: Any
     training_dataloader: TrainingLoader | None
     _sizes: BatchSizes
+    _watch: Watch
     _loss_scale: LossScale
     _agreed: Agreed | None
     _applied: bool
@@ -180,6 +182,11 @@ class Surface(Answers, nn.Module):
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches of one step."""
         return self._sizes.accumulation
+
+    @property
+    def monitor(self) -> ScriptMonitor:
+        """Monitors that a script may write values of its own to."""
+        return self._watch.for_the_script
 
     @property
     def cur_scale(self) -> float:

@@ -14,6 +14,7 @@ from hpc_ds.engine.monitors import monitor_for
 from hpc_ds.engine.timers import StepTimers
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from contextlib import AbstractContextManager
 
     import torch
@@ -22,12 +23,38 @@ if TYPE_CHECKING:
     from hpc_ds.config.training import TrainingConfig
     from hpc_ds.engine.agreement import Agreed
     from hpc_ds.engine.engine import Engine
+    from hpc_ds.engine.monitors import Monitor
 
 log = logging.getLogger("hpc_ds")
 
 
+class ScriptMonitor:
+    """The engine's monitors, for a script that has values of its own: ``engine.monitor`` of DeepSpeed.
+
+    Attributes:
+        enabled: whether the config enables any.
+    """
+
+    def __init__(self, monitor: Monitor | None, *, enabled: bool) -> None:
+        self._monitor = monitor
+        self.enabled = enabled
+
+    def write_events(self, event_list: Iterable[tuple[str, float, int]]) -> None:
+        """Write values, from rank 0; other ranks may call it too.
+
+        Args:
+            event_list: of (name, value, samples so far).
+        """
+        if self._monitor is not None:
+            self._monitor.write_events(event_list)
+
+
 class Watch:
-    """Everything that looks on, of one engine; all of it on rank 0, but autocast."""
+    """Everything that looks on, of one engine; all of it on rank 0, but autocast.
+
+    Attributes:
+        for_the_script: what it may write to.
+    """
 
     def __init__(self, config: TrainingConfig, module: nn.Module, device: torch.device, rank: int, train: int) -> None:
         self._config = config
@@ -37,6 +64,8 @@ class Watch:
         self._timers = StepTimers(timed, device, train, config.steps_per_print)
         self._profiler = FlopsProfiler(config.flops_profiler, module, rank)
         self._monitor = monitor_for(config, rank)
+        sections = (config.tensorboard, config.csv_monitor, config.wandb)
+        self.for_the_script = ScriptMonitor(self._monitor, enabled=any(section.enabled for section in sections))
         # A script need not destroy its engine: then the monitors end with it, or with the process.
         self._end = weakref.finalize(self, self._monitor.close) if self._monitor is not None else None
 

@@ -103,11 +103,13 @@ def _run(folder: str, name: str, case: dict[str, Any]) -> list[float]:
     truth = _truth(engine, net, case)
     if dist.get_rank() == 0:
         torch.save(truth, f"{folder}/{name}.truth")
-        if case["stage"] and "more" not in case:  # what keeps its own fp32 gradients, its tool does not read
-            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    losses = [_step(engine, step) for step in range(STEPS, 2 * STEPS)]
+    # Only now has every rank written its part; and what keeps its own fp32 gradients, its tool does not read.
+    if dist.get_rank() == 0 and case["stage"] and "more" not in case:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-            torch.save(get_fp32_state_dict_from_zero_checkpoint(f"{folder}/{name}"), f"{folder}/{name}.fp32")
-    return [_step(engine, step) for step in range(STEPS, 2 * STEPS)]
+        torch.save(get_fp32_state_dict_from_zero_checkpoint(f"{folder}/{name}"), f"{folder}/{name}.fp32")
+    return losses
 
 
 def _step(engine: Any, step: int) -> float:

@@ -21,6 +21,7 @@ import hpc_ds
 from hpc_ds.checkpoint.export import export_safetensors, export_torch
 from hpc_ds.checkpoint.import_deepspeed import import_deepspeed as run_import
 from hpc_ds.checkpoint.verify import damages, open_whole
+from hpc_ds.compat import zero_to_fp32
 from hpc_ds.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ ON_ONE = {name: ON_TWO[name] for name in ("0-fp32", "1-bf16", "2-fp16", "3-bf16"
 CASES = [(world, name) for world, cases in ((2, ON_TWO), (3, ON_THREE), (1, ON_ONE)) for name in cases]
 AMBIGUOUS = "0-fp32-frozen"  # whose frozen layer has the shape of trained ones
 DAMAGED_BY_DEEPSPEED = "2-bf16-round-robin"  # what it tells of itself is wrong there
+NOT_TOLD = {DAMAGED_BY_DEEPSPEED, "1-bf16-accumulating"}  # nor does its zero_to_fp32 read the other
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,43 @@ def test_counters_schedule_scale_and_client_state_come_along(saves: dict[int, An
         }  # fmt: skip
         assert stored.saved.client_state["lr_scheduler"]["schedule"] == {"last_batch_iteration": 2}
         assert stored.saved.versions["deepspeed"] == "0.19.8"
+
+
+@pytest.mark.parametrize("name", [name for name in ON_TWO if ON_TWO[name]["stage"] and name not in NOT_TOLD])
+def test_weights_are_those_that_deepspeeds_zero_to_fp32_gives(saves: dict[int, Any], name: str) -> None:
+    """By the functions of that name, of the package that stands for DeepSpeed."""
+    folder = saves[2][0]
+    theirs = torch.load(folder / f"{name}.fp32")
+    ours = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(folder / name)
+    # At stage 1 it forgets the frozen ones, and at others it leaves them in 16 bits.
+    assert ours.keys() == theirs.keys() | {"frozen.weight", "frozen.bias"}
+    assert [key for key in theirs if not torch.equal(ours[key], theirs[key].float())] == []
+    assert {value.dtype for value in ours.values()} == {torch.float32}
+    assert ours["head.weight"] is ours["embed.weight"]
+    trained = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(folder / name, exclude_frozen_parameters=True)
+    assert ours.keys() - trained.keys() == {"frozen.weight", "frozen.bias"}
+
+
+def test_weights_of_a_deepspeed_checkpoint_become_files(saves: dict[int, Any], tmp_path: Path) -> None:
+    folder = saves[2][0] / "3-bf16"
+    theirs = torch.load(f"{folder}.fp32")
+    (tmp_path / "other").write_text("stays")
+    zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(folder, tmp_path, tag="global_step3")
+    zero_to_fp32.convert_zero_checkpoint_to_state_dict(
+        folder, tmp_path, dtype="bf16", max_shard_size="400B", safe_serialization=True, exclude_frozen_parameters=True
+    )
+    found = torch.load(tmp_path / "pytorch_model.bin")
+    assert {key: torch.equal(found[key], theirs[key]) for key in theirs} == dict.fromkeys(theirs, True)
+    parts = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len({*parts.values()}) == 2
+    assert theirs.keys() - parts.keys() == {"frozen.weight", "frozen.bias"}
+    assert torch.equal(load_file(tmp_path / parts["gain"])["gain"], theirs["gain"].bfloat16())
+    assert (tmp_path / "other").read_text() == "stays"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    net = zero_to_fp32.load_state_dict_from_zero_checkpoint(deepspeed_saves.Net(), folder)
+    assert {key: torch.equal(value, theirs[key]) for key, value in net.state_dict().items()} == dict.fromkeys(
+        theirs, True
+    )
 
 
 def continued(rank: int, folder: str, cases: dict[str, dict[str, Any]]) -> dict[str, list[float]]:

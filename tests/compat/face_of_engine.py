@@ -239,6 +239,7 @@ def returns(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         "ranks": [engine.dp_world_size, engine.mp_world_size, engine.global_rank, engine.local_rank],
         "groups": sorted(engine.optimizer.param_groups[0])[:2],
         "missing": simple(engine.load_checkpoint(str(folder / "none"))),
+        "monitor": [engine.monitor.enabled, engine.monitor.write_events([("Eval/loss", 0.5, 2)])],
         "saved": engine.save_checkpoint(str(folder), client_state={"more": 1}),
         "latest": (folder / "latest").read_text(),
     }

@@ -37,7 +37,7 @@ def told(code: str, *path: str, **environ: str) -> Any:
 
 
 def test_nothing_is_loaded_until_a_name_is_used() -> None:
-    loaded, after = told(
+    loaded, after, parts, starred = told(
         """
 import deepspeed, deepspeed.ops.adam, deepspeed.runtime.zero, deepspeed.utils.zero_to_fp32
 import importlib.util
@@ -46,12 +46,16 @@ before = heavy()
 deepspeed.PipelineModule if hasattr(deepspeed, "PipelineModule") else deepspeed.__version__
 before += heavy()
 deepspeed.ops.adam.FusedAdam
-print(json.dumps([before, "torch" in heavy()]))
+parts = [deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__]
+starred = {}
+exec("from deepspeed import *", starred)
+print(json.dumps([before, "torch" in heavy(), parts, "initialize" in starred]))
 """,
         OURS,
         HOUSE,
     )
     assert (loaded, after) == ([], True)
+    assert (parts, starred) == ([0, 19, 8], True)
 
 
 LACKING = [

@@ -1,9 +1,9 @@
-"""``deepspeed.comm`` and the optimizers of DeepSpeed's names, on two ranks."""
+"""``deepspeed.comm``, the optimizers of DeepSpeed's names and the weights of checkpoints, on two ranks."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,6 +12,11 @@ from ranks import Outcomes, run_cases
 from standing import DECAY, RATE, Standing, advance, batches, config, distance, values_of
 
 from hpc_ds import compat
+from hpc_ds.compat import zero_to_fp32
+from hpc_ds.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.ranks
 
@@ -147,6 +152,14 @@ def trained_by(rank: int, name: str, stage: int) -> tuple[float, str]:
     return distance(*values), made
 
 
+def saved(rank: int, folder: str) -> dict[str, torch.Tensor]:
+    """The values of a checkpoint of stage 3, in which each rank has a part."""
+    engine, *_ = deepspeed().initialize(model=Standing(seed=1 + rank), config=config(3))
+    advance(engine, batches()[0])
+    engine.save_checkpoint(folder)
+    return values_of(engine)
+
+
 CASES: dict[str, Any] = {
     "collectives": (collectives, ()),
     "between two": (between_two, ()),
@@ -156,8 +169,13 @@ CASES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def pair() -> Outcomes:
-    return run_cases(2, CASES)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("saves")
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> Outcomes:
+    return run_cases(2, {**CASES, "saved": (saved, (str(folder),))})
 
 
 def test_collectives_are_torchs_under_deepspeeds_names(pair: Outcomes) -> None:
@@ -193,3 +211,33 @@ def test_an_optimizer_of_deepspeeds_trains_as_the_config_s(name: str, stage: int
     for far, made in pair[f"{name} at {stage}"]:
         assert far < 1e-6
         assert made == {"FusedAdam, uncorrected": "UncorrectedAdam"}.get(name, name)
+
+
+def test_weights_of_our_checkpoint_are_whole_by_deepspeeds_functions(pair: Outcomes, folder: Path) -> None:
+    wanted = pair["saved"][0]
+    found = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(folder)
+    assert found.keys() == {*Standing().state_dict()}  # the names of the tied one included
+    assert [name for name in found if name in wanted and not torch.equal(found[name], wanted[name])] == []
+    assert found["head.weight"] is found["tokens.weight"]
+    lazy = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
+        folder, tag="global_step1", exclude_frozen_parameters=True, lazy_mode=True
+    )
+    assert found.keys() - lazy.keys() == {"frozen.weight", "frozen.bias"}
+    assert torch.equal(lazy["blocks.0.gain"].contiguous(), found["blocks.0.gain"])
+    assert (lazy["mask"].shape, lazy["mask"].dtype) == (torch.Size([5]), torch.bool)
+    loaded = zero_to_fp32.load_state_dict_from_zero_checkpoint(Standing(seed=9), folder).state_dict()
+    assert [name for name in found if not torch.equal(loaded[name], found[name])] == []
+
+
+def test_a_command_line_writes_the_weights(pair: Outcomes, folder: Path, tmp_path: Path) -> None:
+    assert pair["saved"]
+    zero_to_fp32.main([str(folder), str(tmp_path), "--exclude_frozen_parameters", "-d"])
+    found = torch.load(tmp_path / "pytorch_model.bin")
+    assert "frozen.weight" not in found
+    assert torch.equal(found["head.weight"], pair["saved"][0]["tokens.weight"])
+    with pytest.raises(ConfigError, match="dtype 'int8': not one to write; use bf16,"):
+        zero_to_fp32.convert_zero_checkpoint_to_state_dict(folder, tmp_path, dtype="int8")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(folder / "nothing")
+    with pytest.raises(CheckpointError, match="it has no 'global_step9'"):
+        zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(folder, tag="global_step9")

@@ -196,22 +196,25 @@ def test_loading_weights_alone_keeps_the_curves(pair: Outcomes) -> None:
     assert pair["weights_only"][0] == ["step", "4", "8"]
 
 
-def let_go(rank: int, folder: Path) -> tuple[list[str], list[str]]:
-    """An engine that is neither saved nor destroyed."""
+def let_go(rank: int, folder: Path) -> tuple[list[str], list[str], str]:
+    """An engine that is neither saved nor destroyed, and a value of the script's own."""
     engine = monitored(folder)
     step(engine)
     engine(samples()).square().mean().backward()
     engine.step()
+    engine.monitor.write_events([("Eval/accuracy", 0.5, engine.global_samples)])
     before = column(folder)
     del engine
     gc.collect()
-    return before, [*column(folder), *column(folder, "train_loss")]
+    own = folder / "job" / "Eval_accuracy.csv"
+    return before, [*column(folder), *column(folder, "train_loss")], own.read_text() if rank == 0 else ""
 
 
 def test_monitors_are_written_when_their_engine_ends(pair: Outcomes) -> None:
-    before, after = pair["let_go"][0]
+    before, after, own = pair["let_go"][0]
     assert before == []
     assert after == ["step", "4", "8", "step", "4"]  # the second loss stayed with the script
+    assert own.splitlines()[1] == "8,0.5"
 
 
 @pytest.fixture(scope="module")
