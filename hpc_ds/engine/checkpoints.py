@@ -280,7 +280,7 @@ class Checkpoints:
             if engine.global_rank == 0:
                 log.info("checkpoint folder %s: empty; training starts fresh", folder)
             self._watch.resumed(engine.global_samples)
-            return None, None
+            return None, None if goes_by_deepspeed() else {}
         self._sharding.publish()
         client = loaded.client_state
         if optimizer is not None:

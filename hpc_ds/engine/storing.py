@@ -83,7 +83,8 @@ class Storing:
             custom_load_fn: must be None: each rank reads the parts that it needs, and no whole state dict is made.
 
         Returns:
-            The checkpoint's folder and the client state; ``(None, None)`` when there is none and no tag was asked for.
+            The checkpoint's folder and the client state; ``(None, {})`` when there is none and no tag was asked for;
+            under DeepSpeed's name ``(None, None)``, as there.
 
         Raises:
             ConfigError: custom_load_fn is given.

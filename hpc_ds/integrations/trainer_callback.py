@@ -48,6 +48,11 @@ class PreemptionCallback(TrainerCallback):
         if self._engine is not None:
             self._engine.leave_stops_to_the_caller()
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
+        """Take no step after the last: the Trainer asks only behind a step whether there shall be another."""
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
         """Collective. Ask whether to stop or to save, and let the Trainer do it."""
         told, due = self._agreed(state.global_step)
@@ -68,7 +73,7 @@ class PreemptionCallback(TrainerCallback):
         self.saves_by_itself = False
         if self._stopping:
             told_by = preemption.told_by()
-            self._record("stopped", step=state.global_step, told_by=told_by)
+            self.record("stopped", step=state.global_step, told_by=told_by)
             raise preemption.Preempted(f"checkpointed step {state.global_step} on {told_by}")
 
     def _agreed(self, step: int) -> tuple[bool, bool]:
@@ -90,7 +95,8 @@ class PreemptionCallback(TrainerCallback):
         due = time.monotonic() - self._saved_at > minutes * 60
         return on_rank_0("save", partial(bool, due))
 
-    def _record(self, event: str, **fields: Any) -> None:
+    def record(self, event: str, **fields: Any) -> None:
+        """Add one event to the run's, from rank 0; outside of a run, nothing."""
         if self._run is not None and own_rank() == 0:
             self._run.record(event, **fields)
 
@@ -156,7 +162,8 @@ def save_whole(trainer: Any, save: Callable[[], None], trial: Any) -> None:
     of_run = ("", 0) if run is None else (str(run.files.root), run.attempt)
     made = folders.Made(*of_run, step, _batch_of(trainer), callback.saves_by_itself)
     together(what, partial(folders.finish, folder, made) if args.should_save else _nothing)
-    preemption.saved(step, round(time.monotonic() - began, 3))
+    seconds = round(time.monotonic() - began, 3)
+    callback.record("saved", step=step, tag=folder.name, seconds=seconds, stall_s=seconds)
     if args.should_save:
         _remove_old(trainer, root, run)
 

@@ -6,12 +6,13 @@ In a run this happens by itself (docs/huggingface.md). Elsewhere, give the Train
 
     Trainer(..., callbacks=[PreemptionCallback()])
 
-Three things of transformers are changed, when its modules are loaded:
+Four things of transformers are changed, when its modules are loaded:
 
 - ``Trainer.train`` brings the callback, and goes on from the newest whole checkpoint that this run has made
 - ``Trainer._save_checkpoint`` marks a checkpoint as unfinished until every rank has written its part and it is durable;
   only then old ones are removed
 - ``get_last_checkpoint`` passes over the unfinished ones
+- ``Trainer.get_batch_samples`` gives none once training is to stop: a run that was stopped after its last step would take one more
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def attach_to_loaded() -> None:
 
 def _change(trainer: Any) -> None:
     own_train, own_save = trainer.train, trainer._save_checkpoint  # noqa: SLF001 - transformers has no other door
+    own_batches = trainer.get_batch_samples
 
     @functools.wraps(own_train)
     def train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -74,4 +76,9 @@ def _change(trainer: Any) -> None:
 
         save_whole(self, functools.partial(own_save, self, model, trial, *args, **kwargs), trial)
 
+    @functools.wraps(own_batches)
+    def batches(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ([], None) if self.control.should_training_stop else own_batches(self, *args, **kwargs)
+
     trainer.train, trainer._save_checkpoint = train, save  # noqa: SLF001 - as above
+    trainer.get_batch_samples = batches

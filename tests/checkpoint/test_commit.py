@@ -372,7 +372,7 @@ def nothing_to_load(rank: int, folder: Path) -> dict[str, Any]:
 
 def test_nothing_to_load(pair: Outcomes) -> None:
     for rank in pair["nothing_to_load"]:
-        assert rank["loaded"] == [(None, None), (None, None)]
+        assert rank["loaded"] == [(None, {}), (None, {})]
         assert rank["foreign"].endswith(
             "looks like DeepSpeed's; turn it into one of ours with `hpcds checkpoint import-deepspeed`"
         )

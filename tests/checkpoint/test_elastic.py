@@ -713,7 +713,7 @@ def by_itself(rank: int, root: Path) -> dict[str, Any]:
 def test_a_run_saves_by_itself_and_keeps_as_many_as_asked(resumed: dict[int, Outcomes], folder: Path) -> None:
     root = folder / "by_itself"
     for rank in resumed[2]["by_itself"]:
-        assert rank["fresh"] == (None, None)
+        assert rank["fresh"] == (None, {})
         assert rank["names"] == ["global_step4", "global_step6", "latest"]
         assert rank["path"] == str(root / "checkpoints" / "global_step6")
         assert rank["steps"] == 6

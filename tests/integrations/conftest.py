@@ -8,6 +8,7 @@ import pytest
 import test_accelerate
 import test_early_loading
 import test_trainer
+import test_trainer_in_a_run
 import test_trainer_stories
 from ranks import Outcomes, run_cases
 
@@ -24,5 +25,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def came(folder: Path) -> Outcomes:
     """What came of every case."""
-    modules = (test_trainer, test_trainer_stories, test_accelerate, test_early_loading)
+    modules = (test_trainer, test_trainer_stories, test_trainer_in_a_run, test_accelerate, test_early_loading)
     return run_cases(2, {name: case for module in modules for name, case in module.cases(folder).items()}, worlds=2)
