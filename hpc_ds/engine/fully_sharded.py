@@ -34,6 +34,7 @@ from hpc_ds.engine.inner_calls import gather_at_inner_calls
 from hpc_ds.engine.leaf_modules import LeafModules
 from hpc_ds.engine.piece import Piece, own_range
 from hpc_ds.engine.scalars import Scalars
+from hpc_ds.engine.sharded_parameter import be_shown, shown_whole
 from hpc_ds.engine.sharding import (
     Kept,
     Precision,
@@ -94,6 +95,7 @@ class FullySharded(Sharding):
         for block in (*self._blocks(block_names), module):
             self._deferred.make_real(until=block)
             self._shard(block)
+        self._gathered: set[FSDPModule] = set()  # for a script
         gather_at_inner_calls(module, self._sharded_modules(), self._gather_root)
         trainable = [(name, value) for name, value in module.named_parameters() if value.requires_grad]
         self._named = trainable
@@ -170,6 +172,8 @@ class FullySharded(Sharding):
             ignored_params=set(self._whole),
         )
         sharded = cast("FSDPModule", module)
+        for held in _held_by(sharded):
+            be_shown(held.sharded_param)
         if self._exchange.direct and hasattr(sharded, "set_custom_all_gather"):  # older ones use the backend's
             sharded.set_custom_all_gather(DirectAllGather(self._exchange))  # type: ignore[arg-type] # it has the form
             wire = compute if compute == torch.bfloat16 else None  # exact: they were computed in it
@@ -355,26 +359,28 @@ class FullySharded(Sharding):
     def gathered(self, parameters: Sequence[nn.Parameter], writer: int | None) -> Iterator[None]:
         """See ``Sharding``: inside, the module's attributes are the whole parameters."""
         wanted = {id(parameter) for parameter in parameters}
-        self.reshard()
         self.adopt()
         modules = [
-            module
-            for module in self._sharded_modules()
-            if any(id(held.sharded_param) in wanted for held in _held_by(module))
+            one for one in self._sharded_modules() if any(id(held.sharded_param) in wanted for held in _held_by(one))
         ]
-        for module in modules:
+        fresh = [module for module in modules if module not in self._gathered]  # not by a context around this one
+        for module in fresh:
+            module.reshard()
             module.unshard()
+        self._gathered.update(fresh)
+        asked = [held for module in modules for held in _held_by(module) if id(held.sharded_param) in wanted]
         try:
-            yield
+            with shown_whole({held.sharded_param: held.unsharded_param for held in asked}):
+                yield
             if writer is not None:
-                for module in modules:
-                    self._take_over(module, wanted, writer)
+                self._take_over(asked, writer)
                 for parameter in self._scalars:
                     if id(parameter) in wanted:
                         dist.broadcast(parameter.data, src=writer)
                         self._scalars.take_up(parameter)
         finally:
-            for module in modules:
+            self._gathered.difference_update(fresh)
+            for module in fresh:
                 module.reshard()
 
     @contextmanager
@@ -390,15 +396,14 @@ class FullySharded(Sharding):
                 for module in modules:
                     module.set_reshard_after_forward(reshard_after_forward=True, recurse=False)
 
-    def _take_over(self, module: FSDPModule, wanted: set[int], writer: int) -> None:
+    def _take_over(self, found: Sequence[FSDPParam], writer: int) -> None:
         """Collective. Put what one rank wrote to whole parameters into every rank's shards."""
-        for held in _held_by(module):
-            if id(held.sharded_param) in wanted:
-                whole = held.unsharded_param.detach().contiguous()
-                dist.broadcast(whole, src=writer)
-                piece = self._piece("", held.sharded_param)
-                own = piece.master.detach()
-                take_up_written(own, own_range(whole, piece.start, own))
+        for held in found:
+            whole = held.unsharded_param.detach().contiguous()
+            dist.broadcast(whole, src=writer)
+            piece = self._piece("", held.sharded_param)
+            own = piece.master.detach()
+            take_up_written(own, own_range(whole, piece.start, own))
 
     def _piece(self, name: str, parameter: nn.Parameter) -> Piece:
         """This rank's rows of a parameter, as torch.chunk cuts them."""

@@ -185,8 +185,9 @@ def GatheredParameters(  # noqa: N802 - DeepSpeed's name
 ) -> Iterator[None]:
     """Parameters are whole inside. Collective.
 
-    At stage 3 look at them through the module (``module.weight``), where the whole ones stand meanwhile. Before ``initialize``
-    the parameters themselves are whole. After an error inside, nothing of what was written is kept of those.
+    At stage 3 the module has the whole ones meanwhile (``module.weight``), and torch's functions get them instead of those that a
+    script holds (``parameter.data``). Before ``initialize`` the parameters themselves are whole; after an error inside, nothing
+    of what was written is kept of those.
 
     Args:
         params: parameters of engines, or sharded by ``zero.Init``; others are passed over.

@@ -255,7 +255,7 @@ def train(rank: int, stage: int, how: str, folder: Path) -> dict[str, Any]:
     first = list(given.parameters())
     optimizer = torch.optim.AdamW(given.parameters(), lr=1e-2, weight_decay=0.1) if how == "module" else None
     engine = engine_for(stage, model=given, arguments={"optimizer": optimizer})
-    left = [value for value in (*first, *given.parameters()) for name in ATTRIBUTES if hasattr(value, name)]
+    left = [value for value in first for name in ATTRIBUTES if hasattr(value, name)]
     tied = given.head.weight is given.tokens.weight
     losses = [advance(engine, batch) for batch in batches()[:2]]
     engine.save_checkpoint(folder)

@@ -13,6 +13,7 @@ from torch import nn
 import hpc_ds
 from hpc_ds.zero import (
     GatheredParameters,
+    ZeroParamStatus,
     safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_get_full_optimizer_state,
@@ -222,6 +223,47 @@ def test_a_gradient_is_whole_at_the_boundary(pair: Outcomes, stage: int) -> None
         assert first is third is None
         assert_near(second, wanted, 1e-6)
         assert_near(fourth, wanted, 1e-6)
+
+
+def held(rank: int) -> dict[str, Any]:
+    """What a script holds before it gathers, as the ones that save adapters and those that move averages do."""
+    engine = start(3)
+    backward(engine, rank)
+    engine.step()
+    masters = {name: safe_get_full_fp32_param(value) for name, value in trained(engine).items()}
+    of_ranks = [value for value in trained(engine).values() if hasattr(value, "ds_id")]
+    seen = {}
+    for name, value in trained(engine).items():
+        with GatheredParameters([value]), GatheredParameters(value):
+            pass
+        with GatheredParameters([value]):
+            with GatheredParameters(value):
+                seen[name] = value.data.detach().cpu().clone(), value.norm()
+            assert torch.equal(value.data, masters[name])
+    before = {value.ds_status for value in of_ranks}
+    weight = engine.module.up.weight
+    with GatheredParameters(of_ranks, modifier_rank=1):
+        during = {value.ds_status for value in of_ranks}
+        if rank == 1:
+            nn.init.constant_(weight, 3.0)
+            weight.data[0, 0] = 1.0
+    return {
+        "masters": masters, "seen": seen, "status": (before, during), "written": safe_get_full_fp32_param(weight),
+        "shown": (weight.ds_shape, weight.ds_numel, weight.ds_tensor.numel(), len({value.ds_id for value in of_ranks})),
+    }  # fmt: skip
+
+
+def test_a_parameter_that_a_script_holds_is_whole_where_it_is_gathered(pair: Outcomes) -> None:
+    written = torch.full((5, 3), 3.0)
+    written[0, 0] = 1.0
+    for number, rank in enumerate(pair["held"]):
+        for name, (value, norm) in rank["seen"].items():
+            assert type(value) is torch.Tensor
+            assert torch.equal(value, rank["masters"][name])
+            assert norm == rank["masters"][name].norm()
+        assert rank["status"] == ({ZeroParamStatus.NOT_AVAILABLE}, {ZeroParamStatus.AVAILABLE})
+        assert torch.equal(rank["written"], written)
+        assert rank["shown"] == ((5, 3), 15, (9, 6)[number], 4)
 
 
 class Experts(nn.Module):
@@ -525,7 +567,7 @@ def test_a_parameter_that_is_trained_later_is_told_so(pair: Outcomes, stage: int
 
 @pytest.fixture(scope="module")
 def pair() -> Outcomes:
-    cases: dict[str, Any] = {"two_owners": (two_owners, ())}
+    cases: dict[str, Any] = {"two_owners": (two_owners, ()), "held": (held, ())}
     in_all: list[Callable[..., Any]] = [read, written, written_locally, gathered, modified]
     for stage in STAGES:
         for precision in PRECISIONS:
