@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	bash tests/install_system_packages.sh
 	$(BIN)/python tests/install_deepspeed_peer.py
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/side_by_side.py $(PYTEST_ARGS)
 
 # Without Slurm, MPI or whole jobs: what needs seconds.
 test-fast: $(VENV)/.installed-dev

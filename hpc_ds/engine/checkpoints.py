@@ -91,7 +91,8 @@ class Checkpoints:
         self._keep(client)
 
     def _keep(self, client: dict[str, Any]) -> None:
-        self._client_state, self._counting = client, going_with(client, self._engine)
+        self._client_state = client
+        self._counting = going_with(client, self._engine) if goes_by_deepspeed() else {}
 
     def _agreed_tag(self, tag: str) -> str:
         """Rank 0's, where ranks name different ones and the config does not make an error of it."""

@@ -1,13 +1,15 @@
-"""What a script keeps in ``client_state``, in the saves that the run makes by itself.
+"""What a script for DeepSpeed keeps in ``client_state``, in the saves that the run makes by itself; only under that name.
 
-A script gives it with its own saves only, so in a save of the run's it is as old as the script's last. What it says of steps
+Such a script gives it with its own saves only, so in a save of the run's it is as old as the script's last. What it says of steps
 would then be behind the weights, and a script that goes on from there would take steps twice. So the numbers that counted
 with the engine when the script gave them go on counting: ``{"epoch": 2, "step": 500}`` given at step 500 is
 ``{"epoch": 2, "step": 517}`` in the save of step 517. Epochs are those of the engine's own loader; a loader of the script's
 begins its epoch anew.
 
-Where the script has made no save before, there is none. A script for DeepSpeed cannot expect that, and indexes it at once:
-under that name, and only there, it finds the engine's counts by the names that such scripts give them.
+Where the script has made no save before, there is none. It cannot expect that, and indexes it at once: it finds the engine's
+counts by the names that such scripts give them.
+
+A script for hpc_ds finds what it gave, as it gave it: it has ``engine.global_steps`` and ``register_state``.
 """
 
 from __future__ import annotations
