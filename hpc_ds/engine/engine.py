@@ -95,6 +95,7 @@ class Engine(Surface, Storing):
         self._watch = Watch(config, sharding.module, self._device, rank.rank, sizes.train)
         self._checkpoints = Checkpoints(self, sharding, self._loss_scale, run, self._watch)
         self._saving = Saving(self, self._checkpoints, run)
+        self.equip_optimizer()
         self.tell_optimizer()
         if config.compile.enabled:
             self.compile()

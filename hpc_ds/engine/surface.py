@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -155,17 +156,17 @@ class Surface(Answers, nn.Module):
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return [group.get("betas", group.get("momentum")) for group in groups]
 
-    def tell_optimizer(self) -> None:
-        """Let the optimizer have what scripts ask of DeepSpeed's.
+    def equip_optimizer(self) -> None:
+        """Let the optimizer have ``get_lr`` and ``set_lr``, as DeepSpeed's; it must not keep itself alive by them."""
+        if self.optimizer is not None:
+            weak = weakref.ref(self.optimizer)
+            vars(self.optimizer).update(get_lr=partial(_first_rate, weak), set_lr=partial(_set_rates, weak))
 
-        That is ``overflow`` of the last step, ``cur_scale`` and ``loss_scale`` in use, and ``get_lr`` and ``set_lr``.
-        """
+    def tell_optimizer(self) -> None:
+        """Let the optimizer have ``overflow`` of the last step, and ``cur_scale`` and ``loss_scale`` in use, as DeepSpeed's."""
         if self.optimizer is not None:
             overflowed, scale = self._agreed is not None and self._agreed.overflowed, self._loss_scale.value
             vars(self.optimizer).update(overflow=overflowed, cur_scale=scale, loss_scale=scale)
-            vars(self.optimizer).update(
-                get_lr=partial(_first_rate, self.optimizer), set_lr=partial(_set_rates, self.optimizer)
-            )
 
     def was_step_applied(self) -> bool:
         """Whether the last call of ``step`` moved parameters."""
@@ -218,12 +219,17 @@ class Surface(Answers, nn.Module):
             raise
 
 
-def _first_rate(optimizer: torch.optim.Optimizer) -> float:
-    return float(optimizer.param_groups[0]["lr"])
+def _groups(weak: weakref.ref[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    optimizer = weak()
+    return [] if optimizer is None else optimizer.param_groups
 
 
-def _set_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
+def _first_rate(weak: weakref.ref[torch.optim.Optimizer]) -> float:
+    return float(_groups(weak)[0]["lr"])
+
+
+def _set_rates(weak: weakref.ref[torch.optim.Optimizer], lr: float) -> None:
+    for group in _groups(weak):
         group["lr"] = lr
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -698,6 +700,30 @@ def test_weights_saved_as_one_file(pair: Outcomes, precision: str, stage: int, f
 # the end
 
 
+def let_go(rank: int) -> bool:
+    """Whether an optimizer is gone with its last name: it does not keep itself alive by what the engine has given it."""
+    engine = start(1)
+    optimizer = engine.optimizer
+    optimizer.set_lr(2 * RATE)
+    assert optimizer.get_lr() == engine.get_lr()[0] == 2 * RATE
+    for micro in range(ACCUMULATION):
+        engine.backward(engine(batch_of(rank, 0, micro)).sum())
+        engine.step()
+    weak = weakref.ref(optimizer)
+    del engine
+    gc.collect()
+    gc.disable()
+    try:
+        del optimizer
+        return weak() is None
+    finally:
+        gc.enable()
+
+
+def test_an_optimizer_is_gone_with_its_last_name(pair: Outcomes) -> None:
+    assert pair["let go"] == [True, True]
+
+
 def destroyed(rank: int) -> list[str]:
     engine = start(1)
     engine.destroy()
@@ -715,7 +741,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(folder: Path) -> Outcomes:
-    cases: dict[str, Any] = {"told_loss": (told_loss, ()), "destroyed": (destroyed, ())}
+    cases: dict[str, Any] = {"told_loss": (told_loss, ()), "destroyed": (destroyed, ()), "let go": (let_go, ())}
     fp16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
     for stage in STAGES:
         for form in FORMS:
