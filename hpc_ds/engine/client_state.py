@@ -47,7 +47,9 @@ class ClientState:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._counting: dict[str, dict[str, int]] = {}  # key -> counters that it goes with, and how far it is behind each
+        self._counting: dict[
+            str, dict[str, int]
+        ] = {}  # key -> counters that it goes with, and how far it is behind each
         self._compares = False
         self.given: Any = {}
 

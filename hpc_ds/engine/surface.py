@@ -206,6 +206,17 @@ class Surface(Answers, nn.Module):
         """The training config as it took effect, plain JSON."""
         return self._config.model_dump(mode="json")
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse a copy or a pickle: its parameters would not be the optimizer's.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "engine: it can be neither copied nor pickled, because module, optimizer and ranks belong together; copy "
+            "engine.module below ZeRO stage 3, or use engine.save_checkpoint() and engine.module_state_dict()"
+        )
+
     def __getattr__(self, name: str) -> Any:
         """Whatever the engine does not have is the module's."""
         module = self.__dict__.get("module")

@@ -41,13 +41,19 @@ def register(engine: Engine) -> None:
         _owners[parameter] = weakref.ref(engine), trained.get(name)
 
 
+def forget(module: nn.Module) -> None:
+    """No engine has the module's parameters any more."""
+    for parameter in module.parameters():
+        _owners.pop(parameter, None)
+
+
 def is_owned(parameter: nn.Parameter) -> bool:
     """Whether an engine has it."""
     return parameter in _owners
 
 
 def refuse_owned(model: nn.Module) -> None:
-    """An engine changes its module in place, so there is one for each module, ever.
+    """An engine changes its module in place, so there is one at a time for each module, and at stage 3 ever.
 
     Raises:
         ConfigError: an engine has some of its parameters.
@@ -55,8 +61,8 @@ def refuse_owned(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter in _owners:
             raise ConfigError(
-                f"model: parameter {name!r} belongs to an engine already; make another module, for example with "
-                "copy.deepcopy() before the first initialize"
+                f"model: parameter {name!r} belongs to an engine already; call engine.destroy() first, or at ZeRO stage 3 make "
+                "another module, for example with copy.deepcopy() before the first initialize"
             )
 
 
