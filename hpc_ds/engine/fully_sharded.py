@@ -387,15 +387,17 @@ class FullySharded(Sharding):
     @contextmanager
     def whole(self) -> Iterator[None]:
         """See ``Sharding``."""
-        modules = self._sharded_modules()
         with self.gathered(list(self.module.parameters()), None):
-            for module in modules:
-                module.set_reshard_after_forward(reshard_after_forward=False, recurse=False)
+            self.leave_whole(whole=True)
             try:
                 yield
             finally:
-                for module in modules:
-                    module.set_reshard_after_forward(reshard_after_forward=True, recurse=False)
+                self.leave_whole(whole=False)
+
+    def leave_whole(self, *, whole: bool) -> None:
+        """See ``Sharding``."""
+        for module in self._sharded_modules():
+            module.set_reshard_after_forward(reshard_after_forward=not whole, recurse=False)
 
     def _take_over(self, found: Sequence[FSDPParam], writer: int) -> None:
         """Collective. Put what one rank wrote to whole parameters into every rank's shards."""

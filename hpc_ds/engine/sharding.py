@@ -158,6 +158,9 @@ class Sharding(ABC):
     def whole(self) -> AbstractContextManager[None]:
         """Collective. All parameters are whole inside, and forwards leave them so."""
 
+    def leave_whole(self, *, whole: bool) -> None:  # noqa: B027 - below stage 3 they always are
+        """Whether forwards leave parameters whole; inside of ``gathered``."""
+
     def release(self) -> bool:
         """Let go of the module, which has storage of its own then, in the compute type; whether it is free.
 

@@ -16,6 +16,7 @@ from hpc_ds.engine.autocast import autocast_dtype
 from hpc_ds.engine.compiling import compile_blocks
 from hpc_ds.engine.data import Position, TrainingLoader, refuse_iterable
 from hpc_ds.engine.lacking import LACKING
+from hpc_ds.engine.parameter_offload import ParameterOffload
 from hpc_ds.engine.sharding import find_blocks
 from hpc_ds.errors import ConfigError
 from hpc_ds.runtime.preemption import ignore_in_worker
@@ -157,10 +158,12 @@ class Surface(Answers, nn.Module):
         return [group.get("betas", group.get("momentum")) for group in groups]
 
     def equip_optimizer(self) -> None:
-        """Let the optimizer have ``get_lr`` and ``set_lr``, as DeepSpeed's; it must not keep itself alive by them."""
+        """Let the optimizer have what DeepSpeed's has for scripts; it must not keep itself alive by that."""
         if self.optimizer is not None:
             weak = weakref.ref(self.optimizer)
             vars(self.optimizer).update(get_lr=partial(_first_rate, weak), set_lr=partial(_set_rates, weak))
+            if self.zero_optimization_partition_weights():
+                vars(self.optimizer).update(parameter_offload=ParameterOffload(self.sharding.leave_whole))
 
     def tell_optimizer(self) -> None:
         """Let the optimizer have ``overflow`` of the last step, and ``cur_scale`` and ``loss_scale`` in use, as DeepSpeed's."""

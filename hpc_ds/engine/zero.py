@@ -9,7 +9,7 @@ Source: https://deepspeed.readthedocs.io/en/latest/zero3.html, "Debugging" and "
 from __future__ import annotations
 
 import weakref
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -217,16 +217,13 @@ def GatheredParameters(  # noqa: N802 - DeepSpeed's name
 
 @contextmanager
 def _gathered_by_engine(parameters: list[nn.Parameter], writer: int | None) -> Iterator[None]:
-    engines = {id(engine): engine for engine in (_owner(parameter)[0] for parameter in parameters)}
-    if len(engines) > 1:
-        raise ConfigError("GatheredParameters: parameters of several engines; gather those of one after the other")
-    if not engines:
+    engines = list(dict.fromkeys(_owner(parameter)[0] for parameter in parameters))
+    with ExitStack() as stack:
+        for engine in engines:
+            own = [parameter for parameter in parameters if _owner(parameter)[0] is engine]
+            stack.enter_context(engine.sharding.gathered(own, writer))
         yield
-        return
-    (engine,) = engines.values()
-    with engine.sharding.gathered(parameters, writer):
-        yield
-    if writer is not None:
+    for engine in engines if writer is not None else ():
         engine.sharding.publish()
 
 
