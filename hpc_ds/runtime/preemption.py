@@ -107,7 +107,7 @@ class _OwnLoop:
             return
         self._began = True
         self._run = CurrentRun.from_environment()
-        _request.listen(signals_of_run() or {signal.SIGTERM, signal.SIGUSR2})
+        listen(anywhere=True)
         if self._run is not None:
             attend(*_own_rank())
 
@@ -156,12 +156,16 @@ def _on_any_rank(told: bool) -> bool:
 # of the engine and the process group
 
 
-def listen() -> None:
+def listen(*, anywhere: bool = False) -> None:
     """Take SIGTERM and the run's warning signal as a request to stop, from now on. Only in a run of hpcds.
 
     Outside of one nobody would start the script again, so its signals keep their meaning.
+
+    Args:
+        anywhere: outside of a run too, SIGTERM and SIGUSR2: the script has asked for it.
     """
-    _request.listen(signals_of_run())
+    outside = {signal.SIGTERM, signal.SIGUSR2} if anywhere else set()
+    _request.listen(signals_of_run() or outside)
 
 
 _watcher: Watcher | None = None
