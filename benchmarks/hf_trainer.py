@@ -1,6 +1,6 @@
 """How long is a step of Hugging Face's Trainer with --deepspeed, and how long does `import deepspeed` take: ours and theirs?
 
-    python benchmarks/hf_trainer.py [--ranks 2] [--rounds 5] [--steps 4] [--stages 1 2 3] [--width 384] [--layers 6]
+    python benchmarks/hf_trainer.py [--ranks 2] [--rounds 5] [--steps 4] [--stages 1 2 3] [--width 512] [--layers 8]
 
 The same script, the same `ds_config.json`: once `deepspeed` is hpc_ds under its name, once DeepSpeed itself, as it is
 installed for the tests (`python tests/install_deepspeed_peer.py`). GPT-2 made from its config, micro-batch 4 x 64 tokens a
@@ -25,6 +25,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
+from step_time import ask  # noqa: E402 - stands beside
+
 PATHS = {"hpc_ds": [REPOSITORY / "hpc_ds" / "compat" / "path"], "DeepSpeed": []}
 SAMPLES, CONTEXT, VOCABULARY = 4, 64, 256
 STEP_GOAL, IMPORT_GOAL = 0.75, 0.3
@@ -36,8 +38,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--stages", type=int, nargs="*", default=[1, 2, 3])
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
@@ -84,7 +86,7 @@ def compare_steps(stage: int, arguments: argparse.Namespace) -> None:
             ask(team, 3)  # warm-up
         for _ in range(arguments.rounds):
             for name, team in teams.items():
-                taken[name] += ask(team, arguments.steps)
+                taken[name] += ask(team, arguments.steps)[0]
         for team in teams.values():
             for process in team:
                 process.kill()
@@ -116,22 +118,6 @@ def start(name: str, stage: int, arguments: argparse.Namespace, folder: Path) ->
                 command, env=environment(name) | told, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
             ))  # fmt: skip
     return team
-
-
-def ask(team: list[subprocess.Popen[bytes]], steps: int) -> list[float]:
-    """Let a team take some steps; what rank 0 measured, in seconds."""
-    for process in team:
-        process.stdin.write(f"{steps}\n".encode())  # type: ignore[union-attr]
-        process.stdin.flush()  # type: ignore[union-attr]
-    answers = []
-    for process in team:
-        for line in process.stdout:  # type: ignore[union-attr]
-            if line.startswith(b"TIMES "):  # others print to the same place
-                answers.append(json.loads(line[6:]))
-                break
-        else:
-            sys.exit(f"a contestant ended: {process.args}; run it alone to see why")
-    return answers[0]
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -183,7 +169,7 @@ def turns(gpus: bool) -> Any:
             self._times.append(time.perf_counter() - self._began)
             self._left -= 1
             if self._left == 0:
-                print("TIMES " + json.dumps(self._times), flush=True)
+                print("TIMES " + json.dumps({"times": self._times, "loss": None}), flush=True)
 
     return Turns()
 

@@ -3,9 +3,9 @@
     python tests/side_by_side.py            # everything
     python tests/side_by_side.py ARGS...    # as pytest ARGS, one alone
 
-Tests of whole runs, on Slurm, hosts, MPI and site local, mostly wait; the others compute. Together they take two thirds of
-the time that one after the other takes. Those that compute give way to those that wait (nice), so that these find a
-machine that is as good as theirs. What the computing ones say is shown when the others have ended.
+Tests of whole runs, on Slurm, hosts, MPI and site local, mostly wait; the others compute. Those that compute give way to those
+that wait (nice), so that these find a machine that is as good as theirs. What the computing ones say is shown when the
+others have ended.
 """
 
 from __future__ import annotations
