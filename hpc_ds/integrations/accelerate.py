@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.compat.environment import variables_of_the_rank
+from hpc_ds.runtime.descent import is_alone_below_a_rank, told_to_the_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +40,10 @@ def attach(module: ModuleType) -> None:
 
     @functools.wraps(own_init)
     def init(self: Any, cpu: bool = False, **kwargs: Any) -> None:
+        if not self._shared_state and is_alone_below_a_rank(os.environ):
+            with _untold():
+                own_init(self, cpu, **kwargs)
+            return
         if self._shared_state or not _is_rank():
             own_init(self, cpu, **kwargs)
             return
@@ -69,10 +74,17 @@ def _meet(timeout: timedelta | None) -> None:
     """Collective. Make the process group as hpc_ds makes it, where there is none."""
     from hpc_ds.runtime.process_group import init_distributed
 
-    if timeout is None:
-        init_distributed()
-    else:
-        init_distributed(timeout=timeout)
+    init_distributed(timeout=timeout)
+
+
+@contextmanager
+def _untold() -> Iterator[None]:
+    """What a rank has started (an evaluation, say) is alone, though it has the variables of the rank."""
+    told = {name: os.environ.pop(name) for name in told_to_the_rank(os.environ)}
+    try:
+        yield
+    finally:
+        os.environ.update(told)
 
 
 @contextmanager

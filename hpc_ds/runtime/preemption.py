@@ -14,10 +14,10 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from hpc_ds.run_dir import RunDir
+from hpc_ds.runtime.descent import become_the_rank, run_of_this_process
 from hpc_ds.runtime.failures import tell_of_errors
 from hpc_ds.runtime.leaving import leaving
 from hpc_ds.runtime.progress import mark, progress
@@ -168,12 +168,16 @@ _watcher: Watcher | None = None
 
 
 def attend(rank: int, world_size: int) -> None:
-    """In a run: give signs of life from now on, and tell of an error that ends this rank. Again: the rank is another."""
+    """In a run: give signs of life from now on, and tell of an error that ends this rank. Again: the rank is another.
+
+    A process that a rank has started is none, and is left alone.
+    """
     global _watcher  # noqa: PLW0603 - one a process
-    root = os.environ.get("HPCDS_RUN_DIR")
+    root = run_of_this_process()
     if root is None:
         return
-    files, attempt = RunDir(Path(root)), int(os.environ.get("HPCDS_ATTEMPT", "0"))
+    become_the_rank()
+    files, attempt = RunDir(root), int(os.environ.get("HPCDS_ATTEMPT", "0"))
     tell_of_errors(files.failures(attempt), rank)
     if _watcher is None or _watcher.pid != os.getpid():
         _watcher = Watcher(files, attempt, rank, world_size, _request)
