@@ -24,13 +24,19 @@ def activate() -> None:
     ``environment.py`` lists.
 
     Raises:
-        ConfigError: the real one is imported already, or the folder of hpc_ds has a name that no path can hold.
+        ConfigError: the real one, or accelerate without any, is imported already; or the folder of hpc_ds has a name that no
+            path can hold.
     """
     loaded = sys.modules.get("deepspeed")
     if loaded is not None and not str(getattr(loaded, "__file__", "")).startswith(str(PATH)):
         raise ConfigError(
             f"deepspeed: the package at {getattr(loaded, '__file__', None)!r} is imported already; call "
             "hpc_ds.compat.activate() before it, first in the script"
+        )
+    if "accelerate.utils" in sys.modules and not hasattr(sys.modules["accelerate.utils"], "DeepSpeedEngineWrapper"):
+        raise ConfigError(
+            "accelerate: it is imported already, and has found no deepspeed; call hpc_ds.compat.activate() before it, first in the "
+            "script"
         )
     from hpc_ds.compat.environment import variables_of_the_name, variables_of_the_rank
     from hpc_ds.compat.startup.sitecustomize import install

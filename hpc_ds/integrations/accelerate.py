@@ -1,14 +1,14 @@
-"""accelerate in a run of hpcds: its ranks meet as ours do, and DeepSpeed without a GPU counts its processes.
+"""accelerate on ranks of hpcds: they meet as ours do, and without a GPU they are counted.
 
 Two things in ``accelerate.state.PartialState`` stand in the way of a script that does not know where it runs:
 
 - it takes its rank from RANK and LOCAL_RANK, which srun does not set, and makes the process group itself, from MASTER_ADDR
   and MASTER_PORT, which nobody has set under srun or site ``local``
-- with DeepSpeed and without an accelerator it takes each process for the only one, unless ``use_cpu`` is given, which
-  leaves DeepSpeed's own start out
+- without an accelerator it takes each process for the only one, unless ``use_cpu`` is given, which leaves DeepSpeed's own
+  start out
 
-So the variables are set, the group is made before by ``init_distributed``, and a process of several without an accelerator
-is told what it is.
+So the variables are set, ``init_distributed`` makes the group before accelerate would, and several processes without an
+accelerator are told that they are several. Groups of other backends than gloo and nccl are left to accelerate.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _MARK = "_hpc_ds_attached"
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def attach(module: ModuleType) -> None:
@@ -37,50 +38,46 @@ def attach(module: ModuleType) -> None:
     setattr(state, _MARK, True)
     os.environ.update(variables_of_the_rank(os.environ))
     own_init, own_backend = state.__init__, state._prepare_backend  # noqa: SLF001 - accelerate has no other door
+    timeouts: list[timedelta | None] = []
 
     @functools.wraps(own_init)
     def init(self: Any, cpu: bool = False, **kwargs: Any) -> None:
-        if not self._shared_state and is_alone_below_a_rank(os.environ):
-            with _untold():
-                own_init(self, cpu, **kwargs)
-            return
-        if self._shared_state or not _is_rank():
-            own_init(self, cpu, **kwargs)
-            return
-        _meet(kwargs.get("timeout"))
-        with _without_asking_for_an_address():
+        timeouts[:] = [kwargs.get("timeout")]
+        with _address_left_alone(), _untold_below_a_rank():
             own_init(self, cpu, **kwargs)
 
     @functools.wraps(own_backend)
     def prepare_backend(self: Any, cpu: bool, *args: Any, **kwargs: Any) -> tuple[str | None, Any]:
         backend, kind = own_backend(self, cpu, *args, **kwargs)
-        if backend is None and _is_rank() and _wants_deepspeed():
-            return "gloo", module.DistributedType.MULTI_CPU
-        return backend, kind
+        if backend not in {None, "gloo", "nccl"} or not _is_rank():
+            return backend, kind
+        _meet(backend, timeouts[0] if timeouts else None)
+        return ("gloo", module.DistributedType.MULTI_CPU) if backend is None else (backend, kind)
 
     state.__init__ = init
     state._prepare_backend = prepare_backend  # noqa: SLF001 - as above
 
 
 def _is_rank() -> bool:
-    return os.environ.get("LOCAL_RANK", "-1") != "-1" and "WORLD_SIZE" in os.environ
+    """Whether this process is one of several."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return os.environ.get("LOCAL_RANK", "-1") != "-1" and size.isdecimal() and int(size) > 1
 
 
-def _wants_deepspeed() -> bool:
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
-def _meet(timeout: timedelta | None) -> None:
+def _meet(backend: str | None, timeout: timedelta | None) -> None:
     """Collective. Make the process group as hpc_ds makes it, where there is none."""
     from hpc_ds.runtime.process_group import init_distributed
 
-    init_distributed(timeout=timeout)
+    init_distributed("gloo" if backend == "gloo" else None, timeout=timeout)
+    # It asks ranks on CPUs of several hosts for an address, even when they have met.
+    os.environ.setdefault("MASTER_ADDR", "localhost")
 
 
 @contextmanager
-def _untold() -> Iterator[None]:
+def _untold_below_a_rank() -> Iterator[None]:
     """What a rank has started (an evaluation, say) is alone, though it has the variables of the rank."""
-    told = {name: os.environ.pop(name) for name in told_to_the_rank(os.environ)}
+    names = told_to_the_rank(os.environ) if is_alone_below_a_rank(os.environ) else []
+    told = {name: os.environ.pop(name) for name in names}
     try:
         yield
     finally:
@@ -88,13 +85,12 @@ def _untold() -> Iterator[None]:
 
 
 @contextmanager
-def _without_asking_for_an_address() -> Iterator[None]:
-    """Ranks on CPUs of several hosts must have MASTER_ADDR, for accelerate, even when they have met already."""
-    missing = "MASTER_ADDR" not in os.environ
-    if missing:
-        os.environ["MASTER_ADDR"] = "localhost"
+def _address_left_alone() -> Iterator[None]:
+    """What accelerate says of an address where there is none must not be taken for one by whoever meets later."""
+    before = {name: os.environ.get(name) for name in _ADDRESS}
     try:
         yield
     finally:
-        if missing:
-            os.environ.pop("MASTER_ADDR", None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)

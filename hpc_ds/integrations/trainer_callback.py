@@ -1,4 +1,4 @@
-"""The callback by which a Trainer stops when its run is told to, and what ``transformers.py`` puts around Trainer's methods."""
+"""The callback by which a Trainer stops when its run is told to, and from where its ``train()`` goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_callback import TrainerCallback
 
-from hpc_ds.checkpoint.agree import on_rank_0, own_rank, together
+from hpc_ds.checkpoint.agree import on_rank_0, own_rank
 from hpc_ds.engine.engine import Engine
 from hpc_ds.integrations import trainer_folders as folders
 from hpc_ds.runtime import preemption
@@ -23,25 +23,42 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("hpc_ds")
 
+_calls = 0
+"""How often this process has called ``train()``: what one has saved is not what the next goes on from."""
+
 
 class PreemptionCallback(TrainerCallback):
     """Stop a Trainer at the end of a step when any rank was told to: it saves, and ends with exit code 75.
 
     In a run of hpcds the Trainer saves besides as often as the job says (``checkpoint.every_minutes``, ``every_steps``), and
     the run hears of its steps. With ``--deepspeed`` the question travels in the collective of the engine's step; without, it
-    is one small collective of its own.
+    is one small collective of its own. Outside of a run it listens to SIGTERM and SIGUSR2.
+
+    Attributes:
+        trainer: gives the Trainer that it belongs to, or None.
+        call: which call of ``train()`` of this process goes on, from 1.
+        resumed_from: the checkpoint that this call went on from; None where it began.
+        for_resume: the save that comes was asked for by the run, to go on from it.
+        by_itself: the script has not asked for it too.
+        stopping: that save is the last thing.
     """
 
     def __init__(self) -> None:
-        self.trainer: Callable[[], Any] = lambda: None
+        self.trainer: Callable[[], Any] = _no_trainer
+        self.call = 0
+        self.resumed_from: Path | None = None
+        self.for_resume = self.by_itself = self.stopping = False
         self._run = CurrentRun.from_environment()
         self._engine: Engine | None = None
-        self._stopping = False
         self._saved_at = time.monotonic()
-        self.saves_by_itself = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process: Trainers are copied, and sent to others."""
+        return {**vars(self), "trainer": _no_trainer, "_engine": None}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - transformers' signature
         """Take stops and saves over from the Trainer's engine, if that is ours; the clock of the saves begins."""
+        preemption.listen(anywhere=True)
         self._saved_at = time.monotonic()
         engine = getattr(self.trainer(), "model_wrapped", None)
         self._engine = engine if isinstance(engine, Engine) else None
@@ -56,10 +73,11 @@ class PreemptionCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as above
         """Collective. Ask whether to stop or to save, and let the Trainer do it."""
         told, due = self._agreed(state.global_step)
-        self.saves_by_itself = (told or due) and not control.should_save
+        self.for_resume = told or due
+        self.by_itself = self.for_resume and not control.should_save
         control.should_save = control.should_save or told or due
         if told:
-            self._stopping = True
+            self.stopping = True
             control.should_evaluate = False  # there may be no time, and nothing of it would be kept
             control.should_training_stop = True
 
@@ -70,8 +88,8 @@ class PreemptionCallback(TrainerCallback):
             Preempted: the Trainer was stopping.
         """
         self._saved_at = time.monotonic()
-        self.saves_by_itself = False
-        if self._stopping:
+        self.for_resume = self.by_itself = False
+        if self.stopping:
             told_by = preemption.told_by()
             self.record("stopped", step=state.global_step, told_by=told_by)
             raise preemption.Preempted(f"checkpointed step {state.global_step} on {told_by}")
@@ -101,26 +119,43 @@ class PreemptionCallback(TrainerCallback):
             self._run.record(event, **fields)
 
 
+def callback_of(trainer: Any) -> PreemptionCallback | None:
+    """The callback of a Trainer; None where it has none."""
+    callbacks = trainer.callback_handler.callbacks
+    return next((one for one in callbacks if isinstance(one, PreemptionCallback)), None)
+
+
+def batch_of(trainer: Any) -> int:
+    """Samples of a step, of all ranks."""
+    args = trainer.args
+    return int(args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps)
+
+
 def join(trainer: Any) -> Path | None:
     """Collective. Bring the callback to a Trainer in a run; the checkpoint that this attempt goes on from, if there is one."""
+    global _calls  # noqa: PLW0603 - one count a process
+    _calls += 1
     run = CurrentRun.from_environment()
-    callback = _callback_of(trainer)
-    if callback is None and run is not None:
+    callback = callback_of(trainer)
+    if callback is None:
+        if run is None:
+            return None
         callback = PreemptionCallback()
         trainer.add_callback(callback)
-    if callback is not None:
-        callback.trainer = weakref.ref(trainer)
+    callback.trainer, callback.call, callback.resumed_from = weakref.ref(trainer), _calls, None
     if run is None or trainer.hp_search_backend is not None:
         return None
     preemption.listen()
     preemption.attend(own_rank(), trainer.args.world_size)
-    folder, root = Path(trainer.args.output_dir), str(run.files.root)
+    folder, root, call = Path(trainer.args.output_dir), str(run.files.root), _calls
     found = on_rank_0(
-        f"checkpoints in {str(folder)!r}: not found", lambda: folders.newest_of_run(folder, root, run.attempt)
+        f"checkpoints in {str(folder)!r}: not found", lambda: folders.newest_of_run(folder, root, run.attempt, call)
     )
-    if found is not None:
-        _tell(found, _batch_of(trainer))
-    return None if found is None else found.path
+    if found is None:
+        return None
+    _tell(found, batch_of(trainer))
+    callback.resumed_from = found.path
+    return found.path
 
 
 def _tell(found: folders.Found, batch: int) -> None:
@@ -137,61 +172,5 @@ def _tell(found: folders.Found, batch: int) -> None:
         )  # fmt: skip
 
 
-def save_whole(trainer: Any, save: Callable[[], None], trial: Any) -> None:
-    """Collective. Let a Trainer save, so that what is killed half-way is never taken for a checkpoint.
-
-    Raises:
-        CheckpointError: the same on every rank: it could not be made durable.
-    """
-    callback = _callback_of(trainer)
-    if callback is None:
-        save()
-        return
-    began = time.monotonic()
-    root, args, step = Path(trainer._get_output_dir(trial=trial)), trainer.args, trainer.state.global_step  # noqa: SLF001 - no other door
-    folder = root / f"checkpoint-{step}"
-    what = f"checkpoint {str(folder)!r}: not saved"
-    together(what, partial(folders.begin, folder) if args.should_save else _nothing)
-    limit, args.save_total_limit = args.save_total_limit, None  # older ones go when this one is whole
-    try:
-        save()
-    finally:
-        args.save_total_limit = limit
-    together(what, partial(folders.flush, folder))
-    run = CurrentRun.from_environment()
-    of_run = ("", 0) if run is None else (str(run.files.root), run.attempt)
-    made = folders.Made(*of_run, step, _batch_of(trainer), callback.saves_by_itself)
-    together(what, partial(folders.finish, folder, made) if args.should_save else _nothing)
-    seconds = round(time.monotonic() - began, 3)
-    callback.record("saved", step=step, tag=folder.name, seconds=seconds, stall_s=seconds)
-    if args.should_save:
-        _remove_old(trainer, root, run)
-
-
-def _remove_old(trainer: Any, root: Path, run: CurrentRun | None) -> None:
-    from transformers.trainer_utils import rotate_checkpoints
-
-    best = trainer.state.best_model_checkpoint
-    rotate_checkpoints(
-        output_dir=str(root),
-        save_total_limit=trainer.args.save_total_limit,
-        best_model_checkpoint=best,
-        use_mtime=True,
-    )
-    if run is not None and run.keep is not None:
-        folders.prune(root, str(run.files.root), run.keep, best)
-
-
-def _callback_of(trainer: Any) -> PreemptionCallback | None:
-    callbacks = trainer.callback_handler.callbacks
-    return next((one for one in callbacks if isinstance(one, PreemptionCallback)), None)
-
-
-def _batch_of(trainer: Any) -> int:
-    """Samples of a step, of all ranks."""
-    args = trainer.args
-    return int(args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps)
-
-
-def _nothing() -> None:
-    pass
+def _no_trainer() -> None:
+    return None

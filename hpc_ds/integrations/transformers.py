@@ -10,7 +10,7 @@ Four things of transformers are changed, when its modules are loaded:
 
 - ``Trainer.train`` brings the callback, and goes on from the newest whole checkpoint that this run has made
 - ``Trainer._save_checkpoint`` marks a checkpoint as unfinished until every rank has written its part and it is durable;
-  only then old ones are removed
+  only then ``rotate_checkpoints`` removes old ones
 - ``get_last_checkpoint`` passes over the unfinished ones
 - ``Trainer.get_batch_samples`` gives none once training is to stop: a run that was stopped after its last step would take one more
 """
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.integrations import trainer_folders as folders
@@ -40,7 +39,7 @@ def attach(module: ModuleType) -> None:
     if hasattr(module, "get_last_checkpoint"):
         module.get_last_checkpoint = folders.last_whole  # type: ignore[attr-defined]
     if hasattr(module, "Trainer"):
-        _change(module.Trainer)
+        _change(module)
 
 
 def __getattr__(name: str) -> Any:
@@ -52,27 +51,25 @@ def __getattr__(name: str) -> Any:
     return importlib.import_module("hpc_ds.integrations.trainer_callback").PreemptionCallback
 
 
-def attach_to_loaded() -> None:
-    """Change what is loaded already."""
-    for name in ("transformers.trainer_utils", "transformers.trainer"):
-        if name in sys.modules:
-            attach(sys.modules[name])
-
-
-def _change(trainer: Any) -> None:
+def _change(module: ModuleType) -> None:
+    trainer: Any = module.Trainer
     own_train, own_save = trainer.train, trainer._save_checkpoint  # noqa: SLF001 - transformers has no other door
     own_batches = trainer.get_batch_samples
+    # A function since 5, a method before.
+    place: Any = module if hasattr(module, "rotate_checkpoints") else trainer
+    rotating = "rotate_checkpoints" if place is module else "_rotate_checkpoints"
+    own_rotate = getattr(place, rotating)
 
     @functools.wraps(own_train)
     def train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         from hpc_ds.integrations.trainer_callback import join
 
         own = join(self)
-        return own_train(self, own if own is not None else resume_from_checkpoint, *args, **kwargs)
+        return own_train(self, str(own) if own is not None else resume_from_checkpoint, *args, **kwargs)
 
     @functools.wraps(own_save)
     def save(self: Any, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        from hpc_ds.integrations.trainer_callback import save_whole
+        from hpc_ds.integrations.trainer_saving import save_whole
 
         save_whole(self, functools.partial(own_save, self, model, trial, *args, **kwargs), trial)
 
@@ -80,5 +77,11 @@ def _change(trainer: Any) -> None:
     def batches(self: Any, *args: Any, **kwargs: Any) -> Any:
         return ([], None) if self.control.should_training_stop else own_batches(self, *args, **kwargs)
 
-    trainer.train, trainer._save_checkpoint = train, save  # noqa: SLF001 - as above
-    trainer.get_batch_samples = batches
+    @functools.wraps(own_rotate)
+    def rotate(*args: Any, **kwargs: Any) -> None:
+        from hpc_ds.integrations import trainer_saving
+
+        trainer_saving.rotate(functools.partial(own_rotate, *args, **kwargs))
+
+    trainer.train, trainer._save_checkpoint, trainer.get_batch_samples = train, save, batches  # noqa: SLF001 - as above
+    setattr(place, rotating, rotate)

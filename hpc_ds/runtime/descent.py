@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 RANK_PROCESS = "HPCDS_RANK_PROCESS"
 
 _TELL = (*LOOKED_AT, "TORCHELASTIC_RUN_ID")
+_TELL_NOBODY_APART = {"LOCAL_WORLD_SIZE"}  # accelerate sets it in a rank that has met the others
 _OF_THE_RUN = ("HPCDS_RUN_DIR", "HPCDS_ATTEMPT", "HPCDS_DEADLINE", RANK_PROCESS)
 
 
@@ -49,7 +50,8 @@ def is_below_a_rank(environ: Mapping[str, str]) -> bool:
 def is_alone_below_a_rank(environ: Mapping[str, str]) -> bool:
     """Whether besides nobody has told it since that it is a rank of another world."""
     above = _rank_above(environ)
-    return bool(above) and all(environ.get(name) in {None, above["told"].get(name)} for name in _TELL)
+    names = set(_TELL) - _TELL_NOBODY_APART
+    return bool(above) and all(environ.get(name) in {None, above["told"].get(name)} for name in names)
 
 
 def told_to_the_rank(environ: Mapping[str, str]) -> list[str]:
@@ -59,8 +61,13 @@ def told_to_the_rank(environ: Mapping[str, str]) -> list[str]:
 
 def run_of_this_process() -> Path | None:
     """The folder of the run that this process is a rank of; None outside of one, and below a rank."""
+    return None if is_below_a_rank(os.environ) else run_around()
+
+
+def run_around() -> Path | None:
+    """The folder of the run in which this process is, as a rank of it or below one."""
     root = os.environ.get("HPCDS_RUN_DIR")
-    return None if root is None or is_below_a_rank(os.environ) else Path(root)
+    return None if root is None else Path(root)
 
 
 def leave_the_run(environ: MutableMapping[str, str]) -> None:

@@ -17,13 +17,13 @@ import time
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from hpc_ds.run_dir import RunDir
-from hpc_ds.runtime.descent import become_the_rank, run_of_this_process
+from hpc_ds.runtime.descent import become_the_rank, run_around, run_of_this_process
 from hpc_ds.runtime.failures import tell_of_errors
 from hpc_ds.runtime.leaving import leaving
 from hpc_ds.runtime.progress import mark, progress
 from hpc_ds.runtime.rank import rank_from_environment
 from hpc_ds.runtime.request import request as _request
-from hpc_ds.runtime.request import signals_of_run
+from hpc_ds.runtime.request import signals_of, signals_of_run
 from hpc_ds.runtime.run import CurrentRun
 from hpc_ds.runtime.watcher import Watcher
 
@@ -107,7 +107,7 @@ class _OwnLoop:
             return
         self._began = True
         self._run = CurrentRun.from_environment()
-        _request.listen(signals_of_run() or {signal.SIGTERM, signal.SIGUSR2})
+        listen(anywhere=True)
         if self._run is not None:
             attend(*_own_rank())
 
@@ -156,12 +156,16 @@ def _on_any_rank(told: bool) -> bool:
 # of the engine and the process group
 
 
-def listen() -> None:
+def listen(*, anywhere: bool = False) -> None:
     """Take SIGTERM and the run's warning signal as a request to stop, from now on. Only in a run of hpcds.
 
     Outside of one nobody would start the script again, so its signals keep their meaning.
+
+    Args:
+        anywhere: outside of a run too, SIGTERM and SIGUSR2: the script has asked for it.
     """
-    _request.listen(signals_of_run())
+    outside = {signal.SIGTERM, signal.SIGUSR2} if anywhere else set()
+    _request.listen(signals_of_run() or outside)
 
 
 _watcher: Watcher | None = None
@@ -202,5 +206,5 @@ def told_by() -> str:
 
 def ignore_in_worker(_worker: int) -> None:
     """``worker_init_fn`` of data loaders: Slurm signals them too, and the rank ends them itself."""
-    for number in signals_of_run():
+    for number in signals_of(run_around()):
         signal.signal(number, signal.SIG_IGN)

@@ -71,8 +71,12 @@ class Deadline:
 
 
 def signals_of_run() -> set[signal.Signals]:
-    """What the scheduler tells the ranks of this run with; nothing outside of a run."""
-    root = run_of_this_process()
+    """What the scheduler tells the ranks of this run with; nothing outside of a run, and below a rank."""
+    return signals_of(run_of_this_process())
+
+
+def signals_of(root: Path | None) -> set[signal.Signals]:
+    """What the scheduler tells the ranks of a run with."""
     if root is None:
         return set()
     restart = read_object(RunDir(root).config).get("restart", {})

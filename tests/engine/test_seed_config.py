@@ -48,7 +48,7 @@ def train(rank: int, file: str) -> dict[str, Any]:
         "losses": losses,
         "sizes": (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()),
         "stage": engine.zero_optimization_stage(),
-        "scale": engine.loss_scale,
+        "scale": engine.cur_scale,
         "skipped": engine.skipped_steps,
         "types": {str(parameter.dtype) for parameter in engine.module.parameters()},
     }

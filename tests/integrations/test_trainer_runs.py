@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from whole_runs import Run, Runs
 
+from hpc_ds.integrations.trainer_folders import mark_of
+
 pytestmark = pytest.mark.local
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "hf_trainer" / "job.json"
@@ -38,7 +40,7 @@ def kill_while_saving(run: Run, out: Path, after_attempt: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         attempts = [step["attempt"] for step in run.steps()[-1:]]
-        if attempts and attempts[0] > after_attempt and any(out.glob("checkpoint-*/hpc_ds.unfinished")):
+        if attempts and attempts[0] > after_attempt and any(out.glob(".checkpoint-*.unfinished")):
             pid, _ = json.loads((run.folder / "local" / "step.json").read_text())["ranks"][1]
             os.kill(pid, signal.SIGKILL)
             return
@@ -85,7 +87,7 @@ def test_a_preemption_costs_no_step_and_a_kill_those_since_the_last_whole_save(
 
 def test_only_whole_checkpoints_are_left(runs: dict[str, tuple[Run, Path]]) -> None:
     for run, out in runs.values():
-        left = sorted(path.name for path in out.glob("checkpoint-*") if not (path / "hpc_ds.unfinished").exists())
+        left = sorted(path.name for path in out.glob("checkpoint-*") if not mark_of(path).exists())
         assert f"checkpoint-{STEPS}" in left, run.story()
         for name in left:
             made = json.loads((out / name / "hpc_ds.json").read_text())

@@ -89,7 +89,7 @@ def trainer(
     name: str, folder: Path, deepspeed: dict[str, Any] | None, model: nn.Module | None = None, **asked: Any
 ) -> Any:
     """A Trainer of a model; with ``deepspeed``, on hpc_ds under DeepSpeed's name."""
-    if deepspeed is not None:
+    if deepspeed is not None or "WORLD_SIZE" in os.environ:  # ranks do both, and accelerate looks once
         from hpc_ds.compat import activate
 
         activate()
@@ -112,9 +112,16 @@ def trainer(
         "disable_tqdm": True,
         "seed": 3,
     } | OVERCOUNTED.get(name, {})
+    callbacks = asked.pop("callbacks", None)
     settings |= asked
     arguments = TrainingArguments(output_dir=str(folder), deepspeed=deepspeed, **settings)
-    return Trainer(model=model or make(name), args=arguments, train_dataset=Texts(), eval_dataset=Texts(8, seed=6))
+    return Trainer(
+        model=model or make(name),
+        args=arguments,
+        train_dataset=Texts(),
+        eval_dataset=Texts(8, seed=6),
+        callbacks=callbacks,
+    )
 
 
 def told(trained: Any, key: str) -> list[float]:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from accelerate.state import PartialState
 
 import hpc_ds
 from hpc_ds.runtime import preemption
@@ -19,8 +20,6 @@ from hpc_ds.runtime.run import CurrentRun
 
 def note() -> dict[str, object]:
     """What this process is, once it has met whoever it meets."""
-    from accelerate.state import PartialState
-
     before = PartialState().num_processes
     me = hpc_ds.init_distributed(verbose=False)
     if me.source == "child":
@@ -47,12 +46,13 @@ def run(command: list[str], **environ: str) -> list[dict[str, object]]:
 
 def be_a_rank() -> dict[str, object]:
     child = [sys.executable, __file__, "child"]
-    hpc_ds.init_distributed(verbose=False)
+    PartialState()  # which leaves variables of its own
+    assert dist.get_world_size() == 2
     found: dict[str, object] = {"own": CurrentRun.from_environment() is not None}
     first = os.environ["RANK"] == "0"
     found["evaluation"] = run(child if first else ["sh", "-c", '"$@"; true', "sh", *child])
     if first:
-        inner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--master-port=0", *child[1:]]
+        inner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--standalone", *child[1:]]
         found["torchrun"] = run(inner)
         launch = [sys.executable, "-m", "hpc_ds", "run", "-q", "--num_gpus=2", "--no_local_rank", *child[1:]]
         found["hpcds run"] = sorted(run(launch), key=str)
