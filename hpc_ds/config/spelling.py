@@ -24,6 +24,9 @@ _OLD_GATHER, _GATHER = (
     "stage3_gather_16bit_weights_on_model_save",
 )
 
+# What trl writes with a dot at the top for a model that it only evaluates. DeepSpeed passes over it; it changes no result.
+_DOTTED = ("reduce_bucket_size", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size")
+
 
 @dataclass(slots=True)
 class Spelled:
@@ -51,6 +54,9 @@ def spelled(given: Mapping[str, Any], file: str) -> Spelled:
     """
     found = Spelled(_without_aliases(given, file), file)
     found.data = _without_auto(found, found.data)
+    for key in (f"{_ZERO}.{name}" for name in _DOTTED):
+        if found.data.pop(key, None) is not None:
+            found.warnings.append(f"{file}: {key!r} at the top: has no effect; write it into the section {_ZERO}")
     # accelerate passes infinity for "never".
     if found.data.get("steps_per_print") in (math.inf, 0):
         found.data["steps_per_print"] = None

@@ -15,7 +15,7 @@ from hpc_ds.checkpoint.agree import together
 from hpc_ds.checkpoint.background import Background
 from hpc_ds.checkpoint.commit import Run
 from hpc_ds.engine import state as train_state
-from hpc_ds.engine.client_state import brought_up, counts, going_with
+from hpc_ds.engine.client_state import ClientState, counts
 from hpc_ds.engine.recovery_script import leave_recovery_script
 from hpc_ds.engine.save_cost import SaveCost
 from hpc_ds.errors import CheckpointError
@@ -59,8 +59,7 @@ class Checkpoints:
         self._watch = watch
         self._folder: Path | None = None  # of the last save or load
         self._loads_from: Path | None = None  # and so will the next start of the run
-        self._client_state: dict[str, Any] = {}
-        self._counting: dict[str, tuple[str, int]] = {}  # numbers in it that go with the engine's counters
+        self._client_state = ClientState(engine)
         self._background = Background()
         self._behind: int | None = None  # step of the save behind the training
         self.registered: dict[str, Any] = {}
@@ -84,15 +83,12 @@ class Checkpoints:
         roll_call("save_checkpoint")
         self.settle()
         began = self.saved_at = time.monotonic()
-        client = self._client_state if client_state is None else client_state
+        client = self._client_state.now() if client_state is None else client_state
         tag = self._agreed_tag(str(tag) if tag is not None else f"global_step{self._engine.global_steps}")
         content = self._agreed_content(client, frozen=frozen, by_itself=False)
         self._save_now(self._folder_for(save_dir), tag, content, began, save_latest=save_latest)
-        self._keep(client)
-
-    def _keep(self, client: dict[str, Any]) -> None:
-        self._client_state = client
-        self._counting = going_with(client, self._engine) if goes_by_deepspeed() else {}
+        if client_state is not None:
+            self._client_state.saved(client_state)
 
     def _agreed_tag(self, tag: str) -> str:
         """Rank 0's, where ranks name different ones and the config does not make an error of it."""
@@ -116,8 +112,7 @@ class Checkpoints:
         """
         began = self.saved_at = time.monotonic()
         folder, tag = self._own_folder(), f"global_step{self._engine.global_steps}"
-        client = brought_up(self._client_state, self._counting, self._engine)
-        content = self._agreed_content(client, frozen=True, by_itself=True)
+        content = self._agreed_content(self._client_state.now(), frozen=True, by_itself=True)
         if not behind:
             self._save_now(folder, tag, content, began, save_latest=True)
             self.prune()
@@ -363,4 +358,4 @@ class Checkpoints:
         for name, thing in self.registered.items():
             if name in client["registered"]:
                 thing.load_state_dict(client["registered"][name])
-        self._keep(client["client"])
+        self._client_state.loaded(client["client"])

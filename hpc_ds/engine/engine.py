@@ -29,6 +29,7 @@ from hpc_ds.engine.saving import Saving
 from hpc_ds.engine.storing import Storing
 from hpc_ds.engine.surface import Surface, explain_buffers, refuse_not_scalar, scaled_by
 from hpc_ds.engine.watching import Watch
+from hpc_ds.engine.zero import forget
 from hpc_ds.errors import ConfigError, DivergedError
 from hpc_ds.runtime import preemption
 from hpc_ds.runtime.progress import during, mark, progress
@@ -95,6 +96,7 @@ class Engine(Surface, Storing):
         self._watch = Watch(config, sharding.module, self._device, rank.rank, sizes.train)
         self._checkpoints = Checkpoints(self, sharding, self._loss_scale, run, self._watch)
         self._saving = Saving(self, self._checkpoints, run)
+        self.equip_optimizer()
         self.tell_optimizer()
         if config.compile.enabled:
             self.compile()
@@ -347,5 +349,11 @@ class Engine(Surface, Storing):
         self._loss_sum.zero_()
 
     def destroy(self) -> None:
-        """Write monitors out. A save behind the training goes on; ``wait_for_checkpoint`` waits for it."""
+        """Write monitors out, and below ZeRO stage 3 let go of the module: ``initialize`` takes it again.
+
+        Its parameters keep their values, in the type that they computed in. This engine trains no more. A save behind the
+        training goes on; ``wait_for_checkpoint`` waits for it.
+        """
         self._watch.close()
+        if self.sharding.release():
+            forget(self.module)

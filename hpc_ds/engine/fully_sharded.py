@@ -34,7 +34,7 @@ from hpc_ds.engine.inner_calls import gather_at_inner_calls
 from hpc_ds.engine.leaf_modules import LeafModules
 from hpc_ds.engine.piece import Piece, own_range
 from hpc_ds.engine.scalars import Scalars
-from hpc_ds.engine.sharded_parameter import be_shown, shown_whole
+from hpc_ds.engine.sharded_parameter import be_shown, left_whole, shown_whole
 from hpc_ds.engine.sharding import (
     Kept,
     Precision,
@@ -49,7 +49,7 @@ from hpc_ds.engine.sharding import (
     uses_of,
     weakly,
 )
-from hpc_ds.engine.taken_for_whole import MESH_DIM, be_told, refuse
+from hpc_ds.engine.taken_for_whole import MESH_DIM, be_told, refuse, watch_state_dict
 from hpc_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class FullySharded(Sharding):
         for block in (*self._blocks(block_names), module):
             self._deferred.make_real(until=block)
             self._shard(block)
+        watch_state_dict(module)
         self._gathered: set[FSDPModule] = set()  # for a script
         gather_at_inner_calls(module, self._sharded_modules(), self._gather_root)
         trainable = [(name, value) for name, value in module.named_parameters() if value.requires_grad]
@@ -370,7 +371,7 @@ class FullySharded(Sharding):
         self._gathered.update(fresh)
         asked = [held for module in modules for held in _held_by(module) if id(held.sharded_param) in wanted]
         try:
-            with shown_whole({held.sharded_param: held.unsharded_param for held in asked}):
+            with shown_whole({held.sharded_param: held.unsharded_param for held in asked}), left_whole(modules):
                 yield
             if writer is not None:
                 self._take_over(asked, writer)
@@ -386,15 +387,17 @@ class FullySharded(Sharding):
     @contextmanager
     def whole(self) -> Iterator[None]:
         """See ``Sharding``."""
-        modules = self._sharded_modules()
         with self.gathered(list(self.module.parameters()), None):
-            for module in modules:
-                module.set_reshard_after_forward(reshard_after_forward=False, recurse=False)
+            self.leave_whole(whole=True)
             try:
                 yield
             finally:
-                for module in modules:
-                    module.set_reshard_after_forward(reshard_after_forward=True, recurse=False)
+                self.leave_whole(whole=False)
+
+    def leave_whole(self, *, whole: bool) -> None:
+        """See ``Sharding``."""
+        for module in self._sharded_modules():
+            module.set_reshard_after_forward(reshard_after_forward=not whole, recurse=False)
 
     def _take_over(self, found: Sequence[FSDPParam], writer: int) -> None:
         """Collective. Put what one rank wrote to whole parameters into every rank's shards."""

@@ -7,7 +7,8 @@ summed when all before it have been, so every rank sums them in the same order w
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from hpc_ds.engine.sharding import (
     Precision,
     Sharding,
     broadcast,
-    cast_floating,
+    cast_inputs,
     find_blocks,
     gather_flat,
     master_dtype,
@@ -37,6 +38,8 @@ from hpc_ds.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
+
+    from torch.utils.hooks import RemovableHandle
 
 _ALIGN = 16  # elements: kernels want parameters, and copies chunks, to begin at whole cache lines or at least 16 bytes
 _IN_FLIGHT = 2  # sums of buckets at a time
@@ -67,16 +70,18 @@ class Replicated(Sharding):
         self._next = 0  # of the buckets in the order of their sums
         self._pass = 0  # number of the backward pass
         self._arrivals: set[int] = set()  # of this backward pass
-        self._in_parts = self._sums_early = self._inspects = False
+        self._in_parts = self._sums_early = self._inspects = self._released = False
         self._frozen: list[nn.Parameter] = []
+        self._hooks: list[RemovableHandle] = []
         self._buckets: list[Bucket] = []
         self._slot_of: dict[nn.Parameter, tuple[Bucket, Slot]] = {}
         self.pieces = []
         self._fill_buckets()
         self._adapt_the_rest()
         if precision.compute is not None:
+            converts = partial(cast_inputs, precision.compute)  # no method: a copy of the module would copy all of this
             for block in (module, *find_blocks(module, block_names)):
-                block.register_forward_pre_hook(self._cast_inputs, with_kwargs=True)
+                self._hooks.append(block.register_forward_pre_hook(converts, with_kwargs=True))
 
     # making the buckets
 
@@ -128,7 +133,7 @@ class Replicated(Sharding):
         parameter, shape = slot.parameter, slot.parameter.shape
         parameter.data = bucket.values.narrow(0, slot.start, slot.length).view(shape)
         slot.version = parameter._version  # noqa: SLF001 - the only sign of a write
-        parameter.register_post_accumulate_grad_hook(weakly(self._arrived))
+        self._hooks.append(parameter.register_post_accumulate_grad_hook(weakly(self._arrived)))
         self._slot_of[parameter] = bucket, slot
         shared = self._policy.stage == 0
         first, length, start = self._own_range(bucket, slot)
@@ -156,10 +161,6 @@ class Replicated(Sharding):
                 if buffer.is_floating_point():
                     buffer.data = buffer.data.to(self._precision.buffers)
 
-    def _cast_inputs(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
-        dtype = self._precision.compute
-        return None if dtype is None else (cast_floating(args, dtype), cast_floating(kwargs, dtype))
-
     # gradients
 
     def inspect(self) -> None:
@@ -171,6 +172,7 @@ class Replicated(Sharding):
 
     def begin_backward(self, *, boundary: bool) -> None:
         """See ``Sharding``."""
+        self._refuse_released()
         self._boundary = boundary
         self._pass += 1
         self._arrivals.clear()
@@ -376,6 +378,7 @@ class Replicated(Sharding):
         Raises:
             ConfigError: a parameter has other storage now, as after ``module.to(...)``, or needs a gradient since.
         """
+        self._refuse_released()
         for bucket, slot in self._places:
             parameter, name = slot.parameter, self.pieces[slot.index].name
             place = bucket.values.narrow(0, slot.start, slot.length)
@@ -395,6 +398,19 @@ class Replicated(Sharding):
             raise ConfigError(
                 "parameter: one that was frozen at initialize needs a gradient now; set requires_grad before initialize"
             )
+
+    def release(self) -> bool:
+        """See ``Sharding``."""
+        self._released = True
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._slot_of:
+            parameter.grad, parameter.data = None, parameter.data.clone()
+        return True
+
+    def _refuse_released(self) -> None:
+        if self._released:
+            raise ConfigError("engine: it was destroyed, and its module is free; give it to initialize again")
 
     def explain(self, error: RuntimeError) -> None:  # noqa: ARG002 - whatever it says
         """See ``Sharding``: a module that was moved or converted after initialize is told so."""

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from hpc_ds.engine.early import ZeroParamStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import nn
 
@@ -89,3 +89,32 @@ def shown_whole(wholes: Mapping[nn.Parameter, nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in shown:
             _wholes.pop(parameter)
+
+
+@contextmanager
+def left_whole(modules: Iterable[Any]) -> Iterator[None]:
+    """Inside, ``state_dict`` and ``load_state_dict`` of sharded modules meet whole parameters: FSDP2 would drop them before.
+
+    ``with GatheredParameters(model.parameters()): torch.save(model.state_dict(), f)`` is how scripts save whole weights.
+    """
+    found = [pair for module in modules for pair in _hooks_of_state_dicts(module)]
+    # Those that are not put aside by a context around this one.
+    put_aside = [(hooks, key, hooks.pop(key)) for hooks, key in found if key in hooks]
+    try:
+        yield
+    finally:
+        for hooks, key, hook in put_aside:
+            hooks[key] = hook
+
+
+def _hooks_of_state_dicts(module: Any) -> Iterator[tuple[dict[int, Any], int]]:
+    """FSDP2's hooks: among which they are, and by which key. There is no public way to them."""
+    group = module._get_fsdp_state()._fsdp_param_group  # noqa: SLF001 - as above
+    if group is None:
+        return
+    for layer, handle in group._module_to_pre_save_state_dict_hook_handle.items():  # noqa: SLF001 - as above
+        yield layer._state_dict_pre_hooks, handle.id  # noqa: SLF001 - as above
+    for layer, handle in group._module_to_pre_load_state_dict_hook_handle.items():  # noqa: SLF001 - as above
+        yield layer._load_state_dict_pre_hooks, handle.id  # noqa: SLF001 - as above
+    for held in group.fsdp_params:
+        yield held._module_info.module._load_state_dict_post_hooks, held._post_load_hook_handle.id  # noqa: SLF001 - as above

@@ -158,6 +158,16 @@ class Sharding(ABC):
     def whole(self) -> AbstractContextManager[None]:
         """Collective. All parameters are whole inside, and forwards leave them so."""
 
+    def leave_whole(self, *, whole: bool) -> None:  # noqa: B027 - below stage 3 they always are
+        """Whether forwards leave parameters whole; inside of ``gathered``."""
+
+    def release(self) -> bool:
+        """Let go of the module, which has storage of its own then, in the compute type; whether it is free.
+
+        Not at stage 3.
+        """
+        return False
+
     @abstractmethod
     def watch_output(self, tensor: torch.Tensor) -> None:
         """Gradients will enter the module at this output."""
@@ -241,6 +251,11 @@ def stands_alone(layer: nn.Module, uses: Counter[int]) -> bool:
 def cast_floating(value: Any, dtype: torch.dtype) -> Any:
     """Inputs with their floating-point tensors in a type, however nested."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value)
+
+
+def cast_inputs(dtype: torch.dtype, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """For a hook before a forward: its floating-point inputs in a type."""
+    return cast_floating(args, dtype), cast_floating(kwargs, dtype)
 
 
 def take_up_written(master: torch.Tensor, values: torch.Tensor) -> None:

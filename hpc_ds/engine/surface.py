@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from hpc_ds.engine.autocast import autocast_dtype
 from hpc_ds.engine.compiling import compile_blocks
 from hpc_ds.engine.data import Position, TrainingLoader, refuse_iterable
 from hpc_ds.engine.lacking import LACKING
+from hpc_ds.engine.parameter_offload import ParameterOffload
 from hpc_ds.engine.sharding import find_blocks
 from hpc_ds.errors import ConfigError
 from hpc_ds.runtime.preemption import ignore_in_worker
@@ -155,17 +157,19 @@ class Surface(Answers, nn.Module):
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return [group.get("betas", group.get("momentum")) for group in groups]
 
-    def tell_optimizer(self) -> None:
-        """Let the optimizer have what scripts ask of DeepSpeed's.
+    def equip_optimizer(self) -> None:
+        """Let the optimizer have what DeepSpeed's has for scripts; it must not keep itself alive by that."""
+        if self.optimizer is not None:
+            weak = weakref.ref(self.optimizer)
+            vars(self.optimizer).update(get_lr=partial(_first_rate, weak), set_lr=partial(_set_rates, weak))
+            if self.zero_optimization_partition_weights():
+                vars(self.optimizer).update(parameter_offload=ParameterOffload(self.sharding.leave_whole))
 
-        That is ``overflow`` of the last step, ``cur_scale`` and ``loss_scale`` in use, and ``get_lr`` and ``set_lr``.
-        """
+    def tell_optimizer(self) -> None:
+        """Let the optimizer have ``overflow`` of the last step, and ``cur_scale`` and ``loss_scale`` in use, as DeepSpeed's."""
         if self.optimizer is not None:
             overflowed, scale = self._agreed is not None and self._agreed.overflowed, self._loss_scale.value
             vars(self.optimizer).update(overflow=overflowed, cur_scale=scale, loss_scale=scale)
-            vars(self.optimizer).update(
-                get_lr=partial(_first_rate, self.optimizer), set_lr=partial(_set_rates, self.optimizer)
-            )
 
     def was_step_applied(self) -> bool:
         """Whether the last call of ``step`` moved parameters."""
@@ -205,6 +209,17 @@ class Surface(Answers, nn.Module):
         """The training config as it took effect, plain JSON."""
         return self._config.model_dump(mode="json")
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse a copy or a pickle: its parameters would not be the optimizer's.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "engine: it can be neither copied nor pickled, because module, optimizer and ranks belong together; copy "
+            "engine.module below ZeRO stage 3, or use engine.save_checkpoint() and engine.module_state_dict()"
+        )
+
     def __getattr__(self, name: str) -> Any:
         """Whatever the engine does not have is the module's."""
         module = self.__dict__.get("module")
@@ -218,12 +233,17 @@ class Surface(Answers, nn.Module):
             raise
 
 
-def _first_rate(optimizer: torch.optim.Optimizer) -> float:
-    return float(optimizer.param_groups[0]["lr"])
+def _groups(weak: weakref.ref[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    optimizer = weak()
+    return [] if optimizer is None else optimizer.param_groups
 
 
-def _set_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
+def _first_rate(weak: weakref.ref[torch.optim.Optimizer]) -> float:
+    return float(_groups(weak)[0]["lr"])
+
+
+def _set_rates(weak: weakref.ref[torch.optim.Optimizer], lr: float) -> None:
+    for group in _groups(weak):
         group["lr"] = lr
 
 

@@ -13,12 +13,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from hpc_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from torch import nn
 
 log = logging.getLogger("hpc_ds")
 
@@ -51,6 +54,26 @@ def be_told() -> None:
         handlers.setdefault(operator, partial(_index, handlers))
     if not isinstance(sys.excepthook, _Explaining):
         sys.excepthook = _Explaining(sys.excepthook)
+
+
+def watch_state_dict(module: nn.Module) -> None:
+    """Say so, once a process, where a state dict of a sharded module has parts: a file of it on one rank loads nowhere."""
+    module.register_state_dict_post_hook(_warn_of_parts)
+
+
+_told: set[str] = set()
+
+
+def _warn_of_parts(_module: nn.Module, state_dict: dict[str, Any], _prefix: str, _metadata: object) -> None:
+    # What torch has detached; with keep_vars, as we ask for it ourselves, the parameters know what they are.
+    parts = [name for name, value in state_dict.items() if type(value) is DTensor and _is_ours(value)]
+    if parts and not _told and dist.get_rank() == 0:
+        _told.add(parts[0])
+        log.warning(
+            "state_dict: at ZeRO stage 3 each rank has a part of %r and %d others, and no plain module loads them from a file; "
+            "call engine.module_state_dict() or engine.save_16bit_model(folder) on every rank",
+            parts[0], len(parts) - 1,
+        )  # fmt: skip
 
 
 class _Explaining:

@@ -43,7 +43,7 @@ def whole_state(
     aliases = tied_names(sharding.module)
     return {
         name: found[aliases.get(name, name)]
-        for name in sharding.module.state_dict()
+        for name in sharding.module.state_dict(keep_vars=True)
         if aliases.get(name, name) in found
     }
 

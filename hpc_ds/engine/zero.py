@@ -9,7 +9,7 @@ Source: https://deepspeed.readthedocs.io/en/latest/zero3.html, "Debugging" and "
 from __future__ import annotations
 
 import weakref
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -41,13 +41,19 @@ def register(engine: Engine) -> None:
         _owners[parameter] = weakref.ref(engine), trained.get(name)
 
 
+def forget(module: nn.Module) -> None:
+    """No engine has the module's parameters any more."""
+    for parameter in module.parameters():
+        _owners.pop(parameter, None)
+
+
 def is_owned(parameter: nn.Parameter) -> bool:
     """Whether an engine has it."""
     return parameter in _owners
 
 
 def refuse_owned(model: nn.Module) -> None:
-    """An engine changes its module in place, so there is one for each module, ever.
+    """An engine changes its module in place, so there is one at a time for each module, and at stage 3 ever.
 
     Raises:
         ConfigError: an engine has some of its parameters.
@@ -55,8 +61,8 @@ def refuse_owned(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter in _owners:
             raise ConfigError(
-                f"model: parameter {name!r} belongs to an engine already; make another module, for example with "
-                "copy.deepcopy() before the first initialize"
+                f"model: parameter {name!r} belongs to an engine already; call engine.destroy() first, or at ZeRO stage 3 make "
+                "another module, for example with copy.deepcopy() before the first initialize"
             )
 
 
@@ -211,16 +217,13 @@ def GatheredParameters(  # noqa: N802 - DeepSpeed's name
 
 @contextmanager
 def _gathered_by_engine(parameters: list[nn.Parameter], writer: int | None) -> Iterator[None]:
-    engines = {id(engine): engine for engine in (_owner(parameter)[0] for parameter in parameters)}
-    if len(engines) > 1:
-        raise ConfigError("GatheredParameters: parameters of several engines; gather those of one after the other")
-    if not engines:
+    engines = list(dict.fromkeys(_owner(parameter)[0] for parameter in parameters))
+    with ExitStack() as stack:
+        for engine in engines:
+            own = [parameter for parameter in parameters if _owner(parameter)[0] is engine]
+            stack.enter_context(engine.sharding.gathered(own, writer))
         yield
-        return
-    (engine,) = engines.values()
-    with engine.sharding.gathered(parameters, writer):
-        yield
-    if writer is not None:
+    for engine in engines if writer is not None else ():
         engine.sharding.publish()
 
 

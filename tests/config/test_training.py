@@ -62,6 +62,17 @@ def test_a_bare_true_or_false_is_warned_about(given: bool) -> None:
     ]
 
 
+def test_what_trl_writes_at_the_top_is_passed_over_and_no_other_dotted_key() -> None:
+    given = {"zero_optimization": {"stage": 3}, "zero_optimization.reduce_bucket_size": 64}
+    config, warnings = load_training(given, "f")
+    assert config == load_training({"zero_optimization": {"stage": 3}})[0]
+    assert warnings == [
+        "f: 'zero_optimization.reduce_bucket_size' at the top: has no effect; write it into the section zero_optimization"
+    ]
+    with pytest.raises(ConfigError, match=r"zero_optimization\.stage: unknown key"):
+        load_training({"zero_optimization.stage": 3})
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage 4: not one of the choices; use 0, 1, 2 or 3"),
     ({"zero_optimization": {"stage": "4"}}, "zero_optimization.stage '4': not one of the choices"),

@@ -150,51 +150,84 @@ def test_a_run_started_again_that_loads_nothing_is_told_once(tmp_path: Path) -> 
     assert warning.endswith("are not used; call engine.load_checkpoint() before the first step")
 
 
-def counted(_rank: int, folder: str) -> list[Any]:
-    """What a script finds in client_state after saves that its run made: one before its own, and two after."""
-    os.environ["HPCDS_RUN_DIR"], os.environ["HPCDS_ATTEMPT"] = folder, "1"
-    Path(folder, "config.json").write_text(json.dumps({"checkpoint": {"every_steps": 2, "async": False}}))
+def start_counting() -> Any:
     config = {
         "train_batch_size": 3,
         "gradient_accumulation_steps": 3,
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
     }
+    data = [torch.ones(3)] * 9  # three steps of an epoch
+    return hpc_ds.initialize(model=torch.nn.Linear(3, 1), config=config, training_data=data)[0]
 
-    def start() -> Any:
-        data = [torch.ones(3)] * 9  # three steps of an epoch
-        return hpc_ds.initialize(model=torch.nn.Linear(3, 1), config=config, training_data=data)[0]
 
-    def train(engine: Any, until: int) -> None:
-        while engine.global_steps < until:
-            for batch in engine.training_dataloader:
-                engine.backward(engine(batch).mean())
-                engine.step()
-                if engine.global_steps == until:
-                    break
+def train(engine: Any, until: int) -> None:
+    while engine.global_steps < until:
+        for batch in engine.training_dataloader:
+            engine.backward(engine(batch).mean())
+            engine.step()
+            if engine.global_steps == until:
+                break
 
-    engine = start()
+
+def saved_last(folder: str | None = None) -> Any:
+    return start_counting().load_checkpoint(folder)[1]
+
+
+def counted(_rank: int, folder: str) -> dict[str, Any]:
+    """What a script finds in client_state after saves that its run made, and after its own that give none."""
+    os.environ["HPCDS_RUN_DIR"], os.environ["HPCDS_ATTEMPT"] = folder, "1"
+    Path(folder, "config.json").write_text(json.dumps({"checkpoint": {"every_steps": 2, "async": False}}))
+    engine, elsewhere, found = start_counting(), folder + "/elsewhere", {}
+    train(engine, 1)
+    engine.save_checkpoint(elsewhere, client_state={"step": 1})
+    train(engine, 3)
+    engine.save_checkpoint(elsewhere)
+    found["native, given none"] = saved_last(elsewhere)
+    engine = start_counting()
     train(engine, 2)
-    found = [engine.load_checkpoint()[1]]
+    found["native, before the first"] = saved_last()
     hpc_ds.compat.activate()
     import deepspeed  # noqa: F401 - a script that knows no other name
 
-    found.append(engine.load_checkpoint()[1])
+    found["before the first"] = engine.load_checkpoint()[1]
     train(engine, 3)
-    given = {"epoch": 0, "step": 3, "last_iter": 2, "micro_step": 9, "samples": 9, "warmup_steps": 40, "lr_step": True}
-    engine.save_checkpoint(client_state=given)
+    engine.save_checkpoint(client_state=GOING | STAYING)
     for until in (6, 8):
         train(engine, until)
-        engine = start()
-        found.append(engine.load_checkpoint()[1])
+        engine = start_counting()
+        found[f"step {until}"] = engine.load_checkpoint()[1]
+    for until in (8, 10):
+        train(engine, until)
+        engine.save_checkpoint(client_state={"step": until, "num_steps": 10, "iteration": 8})
+    train(engine, 11)
+    engine.save_checkpoint()
+    found["given none"] = saved_last()
+    train(engine, 12)
+    found["step 12"] = saved_last()
     return found
+
+
+GOING = {"epoch": 0, "step": 3, "last_iter": 2, "micro_step": 9, "Consumed_Samples": 9}
+STAYING = {
+    "max_steps": 3, "best_step": 3, "steps_per_epoch": 3, "warmup_steps": 2, "total_iterations": 9, "save_iter": 3,
+    "num_samples": 9, "num_epochs": 1, "epochs": 1, "itertools": 3, "lr_step": True,
+}  # fmt: skip
 
 
 @pytest.mark.ranks
 def test_numbers_of_the_script_that_count_steps_go_on_in_saves_of_the_run(tmp_path: Path) -> None:
-    ((native, script, once, twice),) = run_ranks(counted, 1, str(tmp_path))
-    assert native == {}
+    (found,) = run_ranks(counted, 1, str(tmp_path))
+    assert found["native, before the first"] == {}
     steps = dict.fromkeys(("step", "steps", "global_step", "global_steps", "iteration", "iter"), 2)
-    assert script == {**steps, "samples": 6, "epoch": -1}  # no epoch is whole yet
-    kept = {"warmup_steps": 40, "lr_step": True}
-    assert once == {**kept, "epoch": 1, "step": 6, "last_iter": 5, "micro_step": 18, "samples": 18}
-    assert twice == {**kept, "epoch": 1, "step": 8, "last_iter": 7, "micro_step": 24, "samples": 24}
+    assert found["before the first"] == {**steps, "samples": 6, "epoch": -1}  # no epoch is whole yet
+    assert found["step 6"] == {
+        **STAYING, "epoch": 1, "step": 6, "last_iter": 5, "micro_step": 18, "Consumed_Samples": 18,
+    }  # fmt: skip
+    assert found["step 8"] == {
+        **STAYING, "epoch": 1, "step": 8, "last_iter": 7, "micro_step": 24, "Consumed_Samples": 24,
+    }  # fmt: skip
+    # What counted with the engine in one of the script's two saves does not count.
+    assert found["step 12"] == {"step": 12, "num_steps": 10, "iteration": 8}
+    # A save that gives none is as new as the weights.
+    assert found["given none"] == {"step": 11, "num_steps": 10, "iteration": 8}
+    assert found["native, given none"] == {"step": 1}

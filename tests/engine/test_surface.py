@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib.util
+import logging
 import math
+import pickle
+import tempfile
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 import hpc_ds
+from hpc_ds.engine import taken_for_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -698,14 +705,142 @@ def test_weights_saved_as_one_file(pair: Outcomes, precision: str, stage: int, f
 # the end
 
 
-def destroyed(rank: int) -> list[str]:
+def let_go(rank: int) -> bool:
+    """Whether an optimizer is gone with its last name: it does not keep itself alive by what the engine has given it."""
     engine = start(1)
-    engine.destroy()
-    return [said(engine.destroy)]
+    optimizer = engine.optimizer
+    optimizer.set_lr(2 * RATE)
+    assert optimizer.get_lr() == engine.get_lr()[0] == 2 * RATE
+    for micro in range(ACCUMULATION):
+        engine.backward(engine(batch_of(rank, 0, micro)).sum())
+        engine.step()
+    weak = weakref.ref(optimizer)
+    del engine
+    gc.collect()
+    gc.disable()
+    try:
+        del optimizer
+        return weak() is None
+    finally:
+        gc.enable()
 
 
-def test_an_engine_may_be_destroyed_twice(pair: Outcomes) -> None:
-    assert pair["destroyed"] == [["no error, but None"]] * 2
+def test_an_optimizer_is_gone_with_its_last_name(pair: Outcomes) -> None:
+    assert pair["let go"] == [True, True]
+
+
+def trained(engine: Any, rank: int, steps: range) -> None:
+    for step in steps:
+        for micro in range(ACCUMULATION):
+            engine.backward(engine(batch_of(rank, step, micro)).pow(2).mean())
+            engine.step()
+
+
+def destroyed(rank: int, stage: int, precision: dict[str, Any]) -> dict[str, Any]:
+    """A module that goes through two engines, beside one that stays in its first."""
+    whole = start(stage, gradient_accumulation_steps=ACCUMULATION)
+    trained(whole, rank, range(4))
+    first = start(stage, gradient_accumulation_steps=ACCUMULATION, **precision)
+    trained(first, rank, range(2))
+    first.backward(first(batch_of(rank, 2, 0)).pow(2).mean())  # of a step that does not come to its end
+    module, before = first.module, [value.clone() for value in first.module.state_dict().values()]
+    first.destroy()
+    if stage == 3:
+        trained(first, rank, range(2, 3))
+        return {"again": said(lambda: start(stage, module))}
+    said_by_first = [
+        said(first.destroy),
+        said(lambda: first(batch_of(rank, 2, 0))),
+        said(lambda: [first.step() for _ in range(ACCUMULATION)]),
+        said(lambda: first.save_checkpoint(tempfile.gettempdir())),
+    ]
+    kept = [torch.equal(one, other) for one, other in zip(module.state_dict().values(), before, strict=True)]
+    sizes = {value.untyped_storage().nbytes() == value.nbytes for value in module.parameters()}
+    hooks = [len(layer._forward_pre_hooks) for layer in module.modules()]
+    second = start(stage, module, gradient_accumulation_steps=ACCUMULATION, **precision)
+    trained(second, rank, range(2, 4))
+    equal = torch.equal(weights(second), weights(whole))
+    return {"said": said_by_first, "kept": all(kept), "own": sizes, "hooks": sum(hooks), "equal": equal}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_module_of_a_destroyed_engine_goes_into_another(pair: Outcomes, stage: int, precision: str) -> None:
+    for rank in pair[f"destroyed {precision} {stage}"]:
+        done, *others = rank["said"]
+        assert done == "no error, but None"
+        gone = "engine: it was destroyed, and its module is free; give it to initialize again"
+        assert [gone in words for words in others] == [True] * 3, others
+        assert (rank["kept"], rank["own"], rank["hooks"]) == (True, {True}, 0)
+        assert rank["equal"] == (precision == "fp32")  # in bf16, masters begin at what it computed in
+
+
+def test_at_stage_3_an_engine_keeps_its_module(pair: Outcomes) -> None:
+    for rank in pair["destroyed fp32 3"]:
+        assert rank["again"].startswith("ConfigError: model: parameter 'gain' belongs to an engine already; call eng")
+
+
+def copied(rank: int, stage: int) -> dict[str, Any]:
+    """Copies and state dicts, and what is said of them."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hpc_ds").addHandler(handler)
+    taken_for_whole._told.clear()
+    try:
+        engine = start(stage, bf16={"enabled": True})
+        engine.module_state_dict()
+        engine.save_16bit_model(tempfile.mkdtemp())
+        engine(samples())
+        given = Small().state_dict()
+        with hpc_ds.zero.GatheredParameters(engine.parameters(), modifier_rank=1):
+            held = engine.module.state_dict() if rank == 0 else {}
+            whole = {name: (value - given[name]).abs().max().item() for name, value in held.items()}
+            if rank == 1:
+                engine.module.load_state_dict(
+                    {name: 2 * torch.ones_like(value) for name, value in Small().state_dict().items()}
+                )
+        asked_for_whole = list(told)
+        names = [next(iter(engine.state_dict())), next(iter(engine.module.state_dict()))]
+    finally:
+        logging.getLogger("hpc_ds").removeHandler(handler)
+    copies = [said(lambda: copy.deepcopy(engine)), said(lambda: pickle.dumps(engine))]
+    module = None if stage == 3 else copy.deepcopy(engine.module)
+    alike = module is None or torch.equal(module(samples()), engine(samples()))
+    mine = None if module is None else len(pickle.dumps(module))
+    return {
+        "before": asked_for_whole, "told": told, "names": names, "copies": copies, "alike": alike, "bytes": mine,
+        "whole": whole, "loaded": weights(engine),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_engine_cannot_be_copied_and_its_module_alone(pair: Outcomes, stage: int) -> None:
+    for rank in pair[f"copied {stage}"]:
+        for words in rank["copies"]:
+            assert words.startswith("ConfigError: engine: it can be neither copied nor pickled, because module, optimi")
+        assert rank["alike"]
+        assert rank["names"] == ["module.gain", "gain"]
+        assert rank["bytes"] is None or rank["bytes"] < 5000  # the module without the buckets of its engine
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_state_dict_of_gathered_parameters_is_whole(pair: Outcomes, stage: int) -> None:
+    for rank in pair[f"copied {stage}"]:
+        assert all(difference < 1e-2 for difference in rank["whole"].values())
+        torch.testing.assert_close(rank["loaded"], torch.full_like(rank["loaded"], 2))
+    assert len(pair[f"copied {stage}"][0]["whole"]) == len(Small().state_dict())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_state_dict_of_parts_is_told_once(pair: Outcomes, stage: int) -> None:
+    first, second = pair[f"copied {stage}"]
+    assert first["before"] == second["told"] == []
+    assert len(first["told"]) == (1 if stage == 3 else 0)
+    for words in first["told"]:
+        assert words.startswith(
+            "state_dict: at ZeRO stage 3 each rank has a part of 'module.up.weight' and 3 others, and"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -713,9 +848,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("surface")
 
 
+def cases_of_ends() -> dict[str, Any]:
+    cases: dict[str, Any] = {f"copied {stage}": (copied, (stage,)) for stage in STAGES}
+    for stage in (0, 1, 2):
+        cases[f"destroyed fp32 {stage}"] = (destroyed, (stage, {}))
+        cases[f"destroyed bf16 {stage}"] = (destroyed, (stage, {"bf16": {"enabled": True}}))
+    return cases | {"let go": (let_go, ()), "destroyed fp32 3": (destroyed, (3, {}))}
+
+
 @pytest.fixture(scope="module")
 def pair(folder: Path) -> Outcomes:
-    cases: dict[str, Any] = {"told_loss": (told_loss, ()), "destroyed": (destroyed, ())}
+    cases: dict[str, Any] = {"told_loss": (told_loss, ()), **cases_of_ends()}
     fp16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
     for stage in STAGES:
         for form in FORMS:

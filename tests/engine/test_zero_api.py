@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from ranks import Outcomes, run_cases
-from small import STAGES, Small, config, said, samples
+from small import RATE, STAGES, Small, config, said, samples
 from torch import nn
 
 import hpc_ds
@@ -435,21 +435,60 @@ def test_what_one_rank_writes_is_everybodys(pair: Outcomes, precision: str, stag
         assert rank["finite"] > 0
 
 
-def two_owners(rank: int) -> str:
-    first, second = start(1), start(2)
+def two_owners(rank: int, stage: int) -> list[torch.Tensor]:
+    """A model that follows another one, as trl's reference models do: rank 0 writes to its parameters."""
+    first, second = start(stage), start(stage)
+    both = [first.module.up.weight, second.module.up.weight]
+    safe_set_full_fp32_param(both[0], torch.full((5, 3), 3.0))
+    with GatheredParameters(both, modifier_rank=0):
+        if rank == 0:
+            both[1].data.copy_(both[0].data)
+    return [safe_get_full_fp32_param(parameter) for parameter in both]
 
-    def both() -> None:
-        with GatheredParameters([first.module.gain, second.module.gain]):
-            raise AssertionError("unreachable")
 
-    return said(both)
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_of_several_engines_are_whole_together(pair: Outcomes, stage: int) -> None:
+    for values in pair[f"two_owners {stage}"]:
+        for value in values:
+            assert torch.equal(value, torch.full((5, 3), 3.0))
 
 
-def test_parameters_of_several_engines_are_refused(pair: Outcomes) -> None:
-    assert (
-        pair["two_owners"]
-        == ["ConfigError: GatheredParameters: parameters of several engines; gather those of one after the other"] * 2
-    )
+def generated(rank: int) -> dict[str, Any]:
+    """What trl does so that ranks may call the model as often as each likes, and a step after it."""
+    engine = start(3)
+    hooks = engine.optimizer.parameter_offload
+    outputs = []
+    with GatheredParameters(engine.parameters()):
+        assert not list(hooks.module.named_parameters(recurse=True))
+        assert not hooks.module.ds_external_parameters()
+        for hook in hooks.forward_hooks + hooks.backward_hooks:
+            hook.remove()
+        hooks.forward_hooks, hooks.backward_hooks = [], []
+        with torch.no_grad():
+            outputs += [engine.module(samples()) for _ in range(1 + 3 * rank)]
+        hooks._register_deepspeed_module(hooks.module)
+    engine.backward(engine(samples(rank)).square().mean())
+    engine.step()
+    return {
+        "outputs": outputs,
+        "hooks": len(hooks.forward_hooks),
+        "sharded": engine.module.up.weight.to_local().shape[0],
+        "trained": safe_get_full_fp32_param(engine.module.up.weight),
+        "others": [hasattr(start(stage).optimizer, "parameter_offload") for stage in (0, 1, 2)],
+    }
+
+
+def test_ranks_may_call_the_model_as_often_as_trl_lets_them(pair: Outcomes) -> None:
+    model = Small()
+    wanted = model(samples()).detach()
+    sum(model(samples(rank)).square().mean() / 2 for rank in range(2)).backward()
+    trained = model.up.weight.detach() - RATE * model.up.weight.grad
+    for number, rank in enumerate(pair["generated"]):
+        assert len(rank["outputs"]) == 1 + 3 * number
+        for output in rank["outputs"]:
+            torch.testing.assert_close(output, wanted)
+        torch.testing.assert_close(rank["trained"], trained)
+        assert (rank["hooks"], rank["sharded"], rank["others"]) == (1, (3, 2)[number], [False] * 3)
 
 
 def broken_inside(rank: int, stage: int) -> float:
@@ -567,7 +606,8 @@ def test_a_parameter_that_is_trained_later_is_told_so(pair: Outcomes, stage: int
 
 @pytest.fixture(scope="module")
 def pair() -> Outcomes:
-    cases: dict[str, Any] = {"two_owners": (two_owners, ()), "held": (held, ())}
+    cases: dict[str, Any] = {"generated": (generated, ()), "held": (held, ())}
+    cases |= {f"two_owners {stage}": (two_owners, (stage,)) for stage in STAGES}
     in_all: list[Callable[..., Any]] = [read, written, written_locally, gathered, modified]
     for stage in STAGES:
         for precision in PRECISIONS:
