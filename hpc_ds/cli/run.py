@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpc_ds.cli.run_options import help_text, parse, swallowed
+from hpc_ds.cli.run_rank import become, notes_of, own_rank, shown
+from hpc_ds.compat.environment import variables_of_the_rank
 from hpc_ds.errors import ConfigError
 from hpc_ds.launch.environment import chosen, exported, is_file, with_folder, with_the_name
 from hpc_ds.launch.gres import with_gpus
 from hpc_ds.launch.plan import LaunchPlan
 from hpc_ds.launch.resources import Wish, choose
+from hpc_ds.runtime.descent import is_below_a_rank, leave_the_run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from hpc_ds.launch.plan import HostPlan
+    from hpc_ds.runtime.rank import Rank
 
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _DEFAULT_PORT = 29500  # what hosts that do not hear of each other agree on
@@ -43,7 +47,13 @@ def run(words: Sequence[str]) -> int:
         print(help_text(), end="")
         return 0
     notes = Notes([], [])
-    plan = make_plan(values, [line.script or "", *line.args], os.environ, notes)
+    script = [line.script or "", *line.args]
+    me = own_rank(values, os.environ)
+    if me is not None:
+        return _be_rank(values, script, me, notes)
+    if is_below_a_rank(os.environ):  # its ranks are a world of their own, on every host
+        leave_the_run(os.environ)
+    plan = make_plan(values, script, os.environ, notes)
     _say(notes, values)
     if values.get("dry_run"):
         from hpc_ds.cli.run_show import as_json, as_text
@@ -67,9 +77,7 @@ def make_plan(values: dict[str, Any], script: list[str], environ: Mapping[str, s
     """
     _check(values, script)
     cwd = _folder()
-    passed_over: list[str] | None = [] if values.get("as_deepspeed") else None
-    of_user = chosen(environ, values.get("env_file", ()), values.get("env", ()), passed_over)
-    notes.warnings.extend(f"{name} is set by the launcher itself; passed over" for name in passed_over or ())
+    of_user = _of_user(values, environ, notes)
     variables = _ours(environ, cwd) | of_user
     wish = _wish(values)
     known = environ if wish.hostfile is not None or wish.launcher == "local" else with_gpus(environ)
@@ -102,6 +110,30 @@ def make_plan(values: dict[str, Any], script: list[str], environ: Mapping[str, s
     )
     _check_here(plan, values, script[0], environ)
     return plan
+
+
+def _be_rank(values: dict[str, Any], script: list[str], me: Rank, notes: Notes) -> int:
+    """Become the script as the rank that this process is; returns only after ``--dry-run``."""
+    _check(values, script)
+    cwd = _folder()
+    variables = _ours(os.environ, cwd) | variables_of_the_rank(os.environ) | _of_user(values, os.environ, notes)
+    command, local_rank_at = _command(values, script)
+    plan = LaunchPlan(
+        hosts=(),
+        command=command,
+        cwd=cwd,
+        local_rank_at=local_rank_at if me.placed else None,
+        env=variables,
+        venv_script=values.get("venv_script"),
+    )
+    _check_files(plan, values, script[0])
+    told = notes_of(values, script[0], me, os.environ)
+    notes = Notes(told, notes.warnings) if me.rank == 0 else Notes([], [])
+    _say(notes, values)
+    if not values.get("dry_run"):
+        become(plan, me)
+    print(shown(plan, me, notes.notes + notes.warnings, as_json=bool(values.get("json"))), end="")
+    return 0
 
 
 def _conduct(plan: LaunchPlan, *, save_pid: bool) -> int:
@@ -183,6 +215,13 @@ def _folder() -> str:
         raise ConfigError(f"current folder: {error.strerror}; go to one that is there") from None
 
 
+def _of_user(values: dict[str, Any], environ: Mapping[str, str], notes: Notes) -> dict[str, str]:
+    passed_over: list[str] | None = [] if values.get("as_deepspeed") else None
+    found = chosen(environ, values.get("env_file", ()), values.get("env", ()), passed_over)
+    notes.warnings.extend(f"{name} is set by the launcher itself; passed over" for name in passed_over or ())
+    return found
+
+
 def _ours(environ: Mapping[str, str], cwd: str) -> dict[str, str]:
     """What the launcher itself adds: the current folder is where modules are looked for, as with DeepSpeed."""
     return {"PYTHONPATH": with_folder(environ.get("PYTHONPATH"), cwd)}
@@ -233,11 +272,8 @@ def _log_dir(folder: str, cwd: str) -> str | None:
 
 def _check_here(plan: LaunchPlan, values: dict[str, Any], script: str, environ: Mapping[str, str]) -> None:
     """What can be known before anything is started."""
-    python = not values.get("module") and not values.get("no_python")
-    if plan.launcher == "local" and python and not os.path.exists(script):  # noqa: PTH110 - see _log_dir
-        raise ConfigError(f"script {script!r}: no such file; name one, or use --module or --no_python", key="script")
-    if plan.launcher == "local" and plan.venv_script is not None and not is_file(plan.venv_script):
-        raise ConfigError(f"--venv_script {plan.venv_script!r}: no such file; name one", key="venv_script")
+    if plan.launcher == "local":
+        _check_files(plan, values, script)
     if not plan.bind_cores:
         return
     if "KMP_AFFINITY" in {**environ, **plan.env}:
@@ -254,6 +290,15 @@ def _check_here(plan: LaunchPlan, values: dict[str, Any], script: str, environ: 
                 f"--bind_core_list {plan.core_list!r}: {number} cores for {ranks} ranks of a host; name more cores",
                 key="bind_core_list",
             )
+
+
+def _check_files(plan: LaunchPlan, values: dict[str, Any], script: str) -> None:
+    """Of ranks on this machine."""
+    python = not values.get("module") and not values.get("no_python")
+    if python and not os.path.exists(script):  # noqa: PTH110 - see _log_dir
+        raise ConfigError(f"script {script!r}: no such file; name one, or use --module or --no_python", key="script")
+    if plan.venv_script is not None and not is_file(plan.venv_script):
+        raise ConfigError(f"--venv_script {plan.venv_script!r}: no such file; name one", key="venv_script")
 
 
 def _warnings(values: dict[str, Any], script: list[str], launcher: str) -> list[str]:

@@ -73,6 +73,16 @@ def is_alive(pid: int, started: int) -> bool:
     return start_time(pid) == started
 
 
+def ancestors() -> list[int]:
+    """The processes above this one, its parent first; those that ended are not among them."""
+    found, pid = [], os.getppid()
+    while pid > 0 and pid not in found:
+        found.append(pid)
+        stat = _stat(pid)
+        pid = 0 if stat is None else int(stat[1])
+    return found
+
+
 def descendants(pid: int) -> list[int]:
     """All processes below ``pid``, parents before children."""
     children: dict[int, list[int]] = {}

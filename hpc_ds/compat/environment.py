@@ -49,7 +49,11 @@ def variables_of_the_rank(environ: Mapping[str, str]) -> dict[str, str]:
     """Who this rank is, where it is not said in the words that scripts read; nothing where no launcher says it whole."""
     if all(environ.get(name) for name in _OF_THE_RANK):
         return {}
-    from hpc_ds.runtime.rank import rank_from_environment  # longer than all else here
+    from hpc_ds.runtime.descent import is_below_a_rank  # longer than all else here
+    from hpc_ds.runtime.rank import rank_from_environment
+
+    if is_below_a_rank(environ):
+        return {}
 
     try:
         me = rank_from_environment(environ)

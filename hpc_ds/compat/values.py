@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 from hpc_ds.compat.names import GIT_BRANCH, GIT_HASH, VERSION
+from hpc_ds.runtime.by_name import default_timeout
 
 DeepSpeedOptimizerCallable = DeepSpeedSchedulerCallable = Callable[..., Any]
 
 version, git_hash, git_branch = VERSION, GIT_HASH, GIT_BRANCH
 
 TORCH_DISTRIBUTED_DEFAULT_PORT = 29500
-default_pg_timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT") or 10))
+default_pg_timeout = default_timeout()
 CROSS_RANK, CROSS_SIZE, LOCAL_RANK = "CROSS_RANK", "CROSS_SIZE", "LOCAL_RANK"
 
 NCCL_BACKEND, CCL_BACKEND, MPI_BACKEND = "nccl", "ccl", "mpi"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shutil
+import sys
 import tempfile
 import weakref
 from dataclasses import dataclass
@@ -24,11 +26,9 @@ from hpc_ds.checkpoint.import_deepspeed import import_deepspeed
 from hpc_ds.checkpoint.shards import DTYPES
 from hpc_ds.checkpoint.verify import open_whole
 from hpc_ds.checkpoint.whole import MODEL, WholeTensors, tied_names, weights_in
-from hpc_ds.errors import CheckpointError, ConfigError
+from hpc_ds.errors import CheckpointError, ConfigError, HpcdsError
 
 if TYPE_CHECKING:
-    import os
-
     from torch import nn
 
     from hpc_ds.checkpoint.stored import Stored
@@ -209,7 +209,19 @@ def _without(stored: Stored, names: set[str]) -> Stored:
 
 
 def main(args: list[str] | None = None) -> None:
-    """``zero_to_fp32.py``'s command line."""
+    """``zero_to_fp32.py``'s command line; what a user can mend is one line, and an exit code."""
+    try:
+        _convert(args)
+    except HpcdsError as error:
+        sys.stderr.write(f"zero_to_fp32: {error}\n")
+        sys.exit(error.exit_code)
+    except OSError as error:
+        name = "" if error.filename is None else f"{os.fsdecode(error.filename)!r}: "
+        sys.stderr.write(f"zero_to_fp32: {name}{error.strerror or error}; look at that folder, and the space there\n")
+        sys.exit(CheckpointError.exit_code)
+
+
+def _convert(args: list[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="zero_to_fp32", description="whole fp32 weights of a checkpoint")
     parser.add_argument("checkpoint_dir", help="what save_checkpoint was given")
     parser.add_argument("output_dir", help="folder for the weights")

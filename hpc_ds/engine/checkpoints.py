@@ -15,11 +15,11 @@ from hpc_ds.checkpoint.agree import together
 from hpc_ds.checkpoint.background import Background
 from hpc_ds.checkpoint.commit import Run
 from hpc_ds.engine import state as train_state
-from hpc_ds.engine.by_name import goes_by_deepspeed
 from hpc_ds.engine.client_state import ClientState, counts
 from hpc_ds.engine.recovery_script import leave_recovery_script
 from hpc_ds.engine.save_cost import SaveCost
 from hpc_ds.errors import CheckpointError
+from hpc_ds.runtime.by_name import goes_by_deepspeed
 from hpc_ds.runtime.progress import during, progress
 from hpc_ds.runtime.roll_call import roll_call
 from hpc_ds.version import __version__

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from hpc_ds.engine.by_name import goes_by_deepspeed
+from hpc_ds.runtime.by_name import goes_by_deepspeed
 
 if TYPE_CHECKING:
     from hpc_ds.engine.engine import Engine

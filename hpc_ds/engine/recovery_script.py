@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from hpc_ds.engine.by_name import goes_by_deepspeed
+from hpc_ds.runtime.by_name import goes_by_deepspeed
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.compat.environment import variables_of_the_rank
+from hpc_ds.runtime.descent import is_alone_below_a_rank, told_to_the_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +43,7 @@ def attach(module: ModuleType) -> None:
     @functools.wraps(own_init)
     def init(self: Any, cpu: bool = False, **kwargs: Any) -> None:
         timeouts[:] = [kwargs.get("timeout")]
-        with _address_left_alone():
+        with _address_left_alone(), _untold_below_a_rank():
             own_init(self, cpu, **kwargs)
 
     @functools.wraps(own_backend)
@@ -67,10 +68,20 @@ def _meet(backend: str | None, timeout: timedelta | None) -> None:
     """Collective. Make the process group as hpc_ds makes it, where there is none."""
     from hpc_ds.runtime.process_group import init_distributed
 
-    wanted: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
-    init_distributed("gloo" if backend == "gloo" else None, **wanted)
+    init_distributed("gloo" if backend == "gloo" else None, timeout=timeout)
     # It asks ranks on CPUs of several hosts for an address, even when they have met.
     os.environ.setdefault("MASTER_ADDR", "localhost")
+
+
+@contextmanager
+def _untold_below_a_rank() -> Iterator[None]:
+    """What a rank has started (an evaluation, say) is alone, though it has the variables of the rank."""
+    names = told_to_the_rank(os.environ) if is_alone_below_a_rank(os.environ) else []
+    told = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(told)
 
 
 @contextmanager

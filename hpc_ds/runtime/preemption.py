@@ -14,16 +14,16 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from hpc_ds.run_dir import RunDir
+from hpc_ds.runtime.descent import become_the_rank, run_around, run_of_this_process
 from hpc_ds.runtime.failures import tell_of_errors
 from hpc_ds.runtime.leaving import leaving
 from hpc_ds.runtime.progress import mark, progress
 from hpc_ds.runtime.rank import rank_from_environment
 from hpc_ds.runtime.request import request as _request
-from hpc_ds.runtime.request import signals_of_run
+from hpc_ds.runtime.request import signals_of, signals_of_run
 from hpc_ds.runtime.run import CurrentRun
 from hpc_ds.runtime.watcher import Watcher
 
@@ -172,12 +172,16 @@ _watcher: Watcher | None = None
 
 
 def attend(rank: int, world_size: int) -> None:
-    """In a run: give signs of life from now on, and tell of an error that ends this rank. Again: the rank is another."""
+    """In a run: give signs of life from now on, and tell of an error that ends this rank. Again: the rank is another.
+
+    A process that a rank has started is none, and is left alone.
+    """
     global _watcher  # noqa: PLW0603 - one a process
-    root = os.environ.get("HPCDS_RUN_DIR")
+    root = run_of_this_process()
     if root is None:
         return
-    files, attempt = RunDir(Path(root)), int(os.environ.get("HPCDS_ATTEMPT", "0"))
+    become_the_rank()
+    files, attempt = RunDir(root), int(os.environ.get("HPCDS_ATTEMPT", "0"))
     tell_of_errors(files.failures(attempt), rank)
     if _watcher is None or _watcher.pid != os.getpid():
         _watcher = Watcher(files, attempt, rank, world_size, _request)
@@ -202,5 +206,5 @@ def told_by() -> str:
 
 def ignore_in_worker(_worker: int) -> None:
     """``worker_init_fn`` of data loaders: Slurm signals them too, and the rank ends them itself."""
-    for number in signals_of_run():
+    for number in signals_of(run_around()):
         signal.signal(number, signal.SIG_IGN)

@@ -23,6 +23,8 @@ from torch.distributed import HashStore  # type: ignore[attr-defined] # torch's 
 from hpc_ds.errors import RankError
 from hpc_ds.runtime import mpi, preemption
 from hpc_ds.runtime import rank as who
+from hpc_ds.runtime.by_name import default_timeout
+from hpc_ds.runtime.descent import become_the_rank, is_alone_below_a_rank, run_of_this_process
 from hpc_ds.runtime.meeting import meet
 from hpc_ds.runtime.rank import Rank
 from hpc_ds.runtime.rendezvous import Deadline, at_master, find_place
@@ -30,7 +32,6 @@ from hpc_ds.runtime.show_log import show_log
 
 log = logging.getLogger("hpc_ds")
 
-_DEFAULT_TIMEOUT = timedelta(minutes=10)
 _GOODBYE = timedelta(seconds=30)
 _IDLE_WITHIN_S = 2.0
 _FOUND_BY = {
@@ -41,6 +42,7 @@ _FOUND_BY = {
     "mvapich2": "the variables of MVAPICH2",
     "mpi4py": "MPI itself (mpi4py)",
     "arguments": "the arguments of init_distributed",
+    "child": "a rank, which has started this process: one alone",
     "single": "nothing that names others: one process alone",
 }
 
@@ -53,7 +55,7 @@ def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
     auto_mpi_discovery: bool = True,
     distributed_port: int | None = None,
     verbose: bool = True,
-    timeout: timedelta = _DEFAULT_TIMEOUT,
+    timeout: timedelta | None = None,
     init_method: str | None = None,
     dist_init_required: bool | None = None,
     config: object = None,  # noqa: ARG001 - DeepSpeed's signature
@@ -64,14 +66,15 @@ def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
 
     One already initialised is used as it is. Sets RANK, LOCAL_RANK and WORLD_SIZE for code that reads them, and the
     current CUDA device; of a script that made the process group itself only where it has left that at the first one.
-    Sets GLOO_SOCKET_IFNAME where the ranks are on several hosts and it is not set.
+    Sets GLOO_SOCKET_IFNAME where the ranks are on several hosts and it is not set. What a rank has started, and was told nothing
+    else since, is a world of its own.
 
     Args:
         dist_backend: default: nccl where there is CUDA, else gloo. Never mpi.
         auto_mpi_discovery: whether MPI may be asked.
         distributed_port: where rank 0 listens, if MASTER_PORT is not set; default: any free port.
         verbose: whether rank 0 logs one line on how the ranks were found.
-        timeout: of collectives, and for the ranks to find each other.
+        timeout: of collectives, and for the ranks to find each other; default: ``by_name.default_timeout``, 10 minutes.
         init_method: ``tcp://host:port`` in place of MASTER_ADDR and MASTER_PORT; ``file://`` is left to torch.
         dist_init_required: False demands that it is initialised already.
         config: ignored; in DeepSpeed's signature.
@@ -81,6 +84,7 @@ def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
     Raises:
         RankError: the environment does not say which rank this is, the ranks did not find each other, or they do not
             fit together.
+        ConfigError: DEEPSPEED_TIMEOUT is not a number of minutes.
     """
     preemption.listen()
     if dist.is_initialized():
@@ -91,15 +95,14 @@ def init_distributed(  # noqa: PLR0913 - DeepSpeed's signature
             "torch.distributed.init_process_group first, or leave it at None"
         )
     backend = _backend(dist_backend)
+    timeout = default_timeout() if timeout is None else timeout
     if not isinstance(timeout, timedelta):
         raise RankError(f"timeout {timeout!r}: not a time; write datetime.timedelta(seconds=...)")
     deadline = Deadline(timeout)
     me = _who_am_i(rank, world_size, auto_mpi_discovery)
     preemption.attend(me.rank, me.world_size)  # a rank that waits for the others gives signs of life too
     me = _join(me, backend, deadline, init_method, distributed_port or 0, auto_mpi_discovery)
-    told = {"RANK": str(me.rank), "LOCAL_RANK": str(me.local_rank), "WORLD_SIZE": str(me.world_size)}
-    _set_here.update({name: value for name, value in told.items() if os.environ.get(name) != value})
-    os.environ.update(told)
+    _tell(me)
     _choose_device(me)
     atexit.register(_leave_together)
     if verbose and me.rank == 0:
@@ -141,6 +144,8 @@ def _who_am_i(rank: int, world_size: int, ask_mpi: bool) -> Rank:
             raise RankError(f"init_distributed: rank {rank} of a world of {world_size}; ranks count from 0")
         local_rank = who.local_rank_from_environment(environ)
         return Rank(rank, local_rank or 0, world_size, None, "arguments", local_rank is not None)
+    if is_alone_below_a_rank(environ):
+        return Rank(0, who.local_rank_from_environment(environ) or 0, 1, None, "child")
     me = who.rank_from_environment(environ)
     if me is None:
         me = _ask_mpi(who.mpi_sign(environ), ask_mpi)
@@ -200,9 +205,24 @@ def _choose_device(me: Rank) -> None:
 def _take_as_it_is() -> Rank:
     me = current_rank()
     preemption.attend(me.rank, me.world_size)
+    _take_the_name(me)
     if torch.cuda.is_available() and torch.cuda.current_device() == 0 and me.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(me.local_rank)
     return me
+
+
+def _tell(me: Rank) -> None:
+    """Whoever asks the environment, here and in what this process starts."""
+    told = {"RANK": str(me.rank), "LOCAL_RANK": str(me.local_rank), "WORLD_SIZE": str(me.world_size)}
+    _set_here.update({name: value for name, value in told.items() if os.environ.get(name) != value})
+    os.environ.update(told)
+    _take_the_name(me)
+
+
+def _take_the_name(me: Rank) -> None:
+    """One process alone, outside of a run, has nothing that another could take from it."""
+    if me.world_size > 1 or run_of_this_process() is not None:
+        become_the_rank()
 
 
 def current_rank() -> Rank:

@@ -39,7 +39,7 @@ class Rank:
         world_size: processes in all.
         local_world_size: processes on this node; None where the launcher does not say.
         source: who said so: ``env``, ``slurm``, ``openmpi``, ``pmi``, ``mvapich2``, ``mpi4py``, ``single``,
-            ``arguments`` or ``initialised``.
+            ``child``, ``arguments`` or ``initialised``.
         placed: whether the launcher says which of its node's ranks this is; if not, ``local_rank`` is 0 until the ranks
             have met.
     """
@@ -240,14 +240,15 @@ def _names(table: _Table) -> tuple[str, ...]:
     return (table.rank, table.world_size, *table.local_rank, *table.local_world_size)
 
 
-_LOOKED_AT = dict.fromkeys((
+LOOKED_AT = dict.fromkeys((
     *(name for table in (_ENV, _SLURM, *_MPI_TABLES) for name in (table.rank, table.world_size, *table.local_rank)),
     "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_JOB_NUM_NODES", *_MPI_SIGNS,
 ))  # fmt: skip
+"""Variables by which a process can tell which rank it is, and where the ranks meet."""
 
 
 def _seen(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: environ[name] for name in _LOOKED_AT if name in environ}
+    return {name: environ[name] for name in LOOKED_AT if name in environ}
 
 
 def _listed(seen: Mapping[str, str]) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc_ds.run_dir import RunDir, read_object
+from hpc_ds.runtime.descent import run_of_this_process
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -70,11 +71,15 @@ class Deadline:
 
 
 def signals_of_run() -> set[signal.Signals]:
-    """What the scheduler tells the ranks of this run with; nothing outside of a run."""
-    run_dir = os.environ.get("HPCDS_RUN_DIR")
-    if run_dir is None:
+    """What the scheduler tells the ranks of this run with; nothing outside of a run, and below a rank."""
+    return signals_of(run_of_this_process())
+
+
+def signals_of(root: Path | None) -> set[signal.Signals]:
+    """What the scheduler tells the ranks of a run with."""
+    if root is None:
         return set()
-    restart = read_object(RunDir(Path(run_dir)).config).get("restart", {})
+    restart = read_object(RunDir(root).config).get("restart", {})
     return {signal.SIGTERM, signal.Signals[f"SIG{restart.get('signal', 'USR2')}"]}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_ds.run_dir import RunDir, append_line, read_lines, read_object
+from hpc_ds.runtime.descent import run_of_this_process
 
 log = logging.getLogger("hpc_ds")
 
@@ -43,9 +44,9 @@ class CurrentRun:
 
     @classmethod
     def from_environment(cls) -> CurrentRun | None:
-        """The run that the supervisor started this rank in; None outside of one."""
-        root = os.environ.get("HPCDS_RUN_DIR")
-        return None if root is None else cls(Path(root), int(os.environ.get("HPCDS_ATTEMPT", "0")))
+        """The run that the supervisor started this rank in; None outside of one, and in what a rank has started."""
+        root = run_of_this_process()
+        return None if root is None else cls(root, int(os.environ.get("HPCDS_ATTEMPT", "0")))
 
     def failures_every_s(self) -> float | None:
         """Mean seconds between ends of attempts that nobody could prepare for; None while there was none."""

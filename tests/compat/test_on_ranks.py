@@ -241,3 +241,24 @@ def test_a_command_line_writes_the_weights(pair: Outcomes, folder: Path, tmp_pat
         zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(folder / "nothing")
     with pytest.raises(CheckpointError, match="it has no 'global_step9'"):
         zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(folder, tag="global_step9")
+
+
+def test_what_a_user_can_mend_of_a_command_line_is_one_line(
+    pair: Outcomes, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pair["saved"]
+    file = tmp_path / "file"
+    file.touch()
+    lines = {
+        (str(tmp_path), str(tmp_path)): (4, f"checkpoint {str(tmp_path)!r}: "),
+        (str(folder), str(tmp_path), "-t", "none"): (4, f"checkpoint {str(folder)!r}: it has no 'none'"),
+        (str(folder), str(tmp_path), "--max_shard_size=x"): (2, "max_shard_size 'x': "),
+        (str(folder), str(file)): (4, f"zero_to_fp32: {str(file)!r}: File exists; look at that folder"),
+    }
+    for words, (code, line) in lines.items():
+        with pytest.raises(SystemExit) as ended:
+            zero_to_fp32.main([*words])
+        said = capsys.readouterr().err
+        assert (ended.value.code, said.count("\n")) == (code, 1), said
+        assert said.startswith("zero_to_fp32: ")
+        assert line in said

@@ -15,6 +15,7 @@ import pytest
 
 from hpc_ds.errors import RankError
 from hpc_ds.runtime import process_group, rendezvous
+from hpc_ds.runtime.descent import RANK_PROCESS
 from hpc_ds.runtime.rank import Rank
 
 if TYPE_CHECKING:
@@ -260,6 +261,7 @@ def test_a_script_that_has_chosen_no_device_gets_its_own(
     """Where it made the process group itself: all ranks of a node would share the first device otherwise."""
     found: list[int] = []
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setenv(RANK_PROCESS, "")  # which it will set
     monkeypatch.setattr(process_group.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(process_group.dist, "get_rank", lambda: 2)
     monkeypatch.setattr(process_group.dist, "get_world_size", lambda: 4)
