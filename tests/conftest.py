@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-NEEDED_PROGRAMS = {"slurm": PROGRAMS, "mpi": ("mpirun",), "ssh": ("ssh", "sshd", "ssh-keygen", "pdsh")}
+NEEDED_PROGRAMS = {
+    "slurm": PROGRAMS,
+    "mpi": ("mpirun",),
+    "ssh": ("ssh", "sshd", "ssh-keygen", "pdsh"),
+    "fish": ("fish",),
+}
 
 # What an outer job or launcher says about ranks must not reach a test.
 FOREIGN_PREFIXES = ("SLURM_", "SBATCH_", "PMI", "OMPI_", "HPCDS_")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install what the tests need beyond Python, from Debian's or Ubuntu's packages: a real Slurm, with the database behind
-# sacct, Open MPI and MPICH, and what makes network namespaces into hosts that ssh and pdsh reach.
+# sacct, Open MPI and MPICH, what makes network namespaces into hosts that ssh and pdsh reach, and a shell that is not sh.
 # Where that is not possible it says so and exits 0; the tests then skip, or fail under HPCDS_REQUIRE_SLURM=1.
 set -uo pipefail
 export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
@@ -9,10 +9,10 @@ export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 # still Open MPI's: Debian's alternatives prefer it.
 declare -A programs_of=([slurm-wlm]="slurmctld slurmd sbatch srun" [munge]="munged" [openmpi-bin]="mpirun"
     [mariadb-server]="mariadbd mariadb-install-db" [slurmdbd]="slurmdbd" [mpich]="mpiexec.mpich mpiexec.hydra"
-    [openssh-server]="sshd" [openssh-client]="ssh ssh-keygen" [pdsh]="pdsh" [iproute2]="ip")
+    [openssh-server]="sshd" [openssh-client]="ssh ssh-keygen" [pdsh]="pdsh" [iproute2]="ip" [fish]="fish")
 
 missing=()
-for package in slurm-wlm munge openmpi-bin mariadb-server slurmdbd mpich openssh-server openssh-client pdsh iproute2; do
+for package in slurm-wlm munge openmpi-bin mariadb-server slurmdbd mpich openssh-server openssh-client pdsh iproute2 fish; do
     for program in ${programs_of[$package]}; do
         command -v "$program" >/dev/null || { missing+=("$package"); break; }
     done
