@@ -16,6 +16,7 @@ from hpc_ds.config.training import TrainingConfig, read_training
 from hpc_ds.engine import activation_checkpointing
 from hpc_ds.engine.client_optimizer import Asked, choose_optimizer
 from hpc_ds.engine.data import Position, TrainingLoader, refuse_iterable
+from hpc_ds.engine.early import current_device
 from hpc_ds.engine.engine import Engine
 from hpc_ds.engine.make_sharding import make_sharding
 from hpc_ds.engine.schedules import make_schedule
@@ -96,7 +97,7 @@ def initialize(  # noqa: PLR0913 - DeepSpeed's signature
     model = _usable(model, trains=optimizer is not None or checked.optimizer is not None)
     asked = Asked(model, optimizer, model_parameters)
     activation_checkpointing.use(checked.activation_checkpointing)
-    sharding = make_sharding(model, checked, _device())
+    sharding = make_sharding(model, checked, current_device())
     chosen = choose_optimizer(optimizer, asked, checked, sharding)
     engine = Engine(sharding, chosen, checked, sizes, rank, run)
     register(engine)
@@ -163,10 +164,6 @@ def _tell(run: CurrentRun | None, rank: Rank, warnings: list[str], config: Train
         run.record("initialized", world_size=rank.world_size, seconds=None if age_s is None else round(age_s, 3))
 
 
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def _config_source(config: Any, config_params: Any, args: Any, run: CurrentRun | None) -> tuple[dict[str, Any], str]:
     asked = {
         "config": config,
@@ -212,4 +209,4 @@ def _loader(
         return None
     refuse_iterable(dataset)
     position = Position(len(dataset), config.seed, sizes, rank, drop_last=config.dataloader_drop_last)
-    return TrainingLoader(dataset, position, collate_fn, _device())
+    return TrainingLoader(dataset, position, collate_fn, current_device())
