@@ -35,6 +35,7 @@ class PreemptionCallback(TrainerCallback):
     is one small collective of its own. Outside of a run it listens to SIGTERM and SIGUSR2.
 
     Attributes:
+        run: that of this process; None outside of one.
         trainer: gives the Trainer that it belongs to, or None.
         call: which call of ``train()`` of this process goes on, from 1.
         resumed_from: the checkpoint that this call went on from; None where it began.
@@ -48,7 +49,7 @@ class PreemptionCallback(TrainerCallback):
         self.call = 0
         self.resumed_from: Path | None = None
         self.for_resume = self.by_itself = self.stopping = False
-        self._run = CurrentRun.from_environment()
+        self.run = CurrentRun.from_environment()
         self._engine: Engine | None = None
         self._saved_at = time.monotonic()
 
@@ -99,24 +100,24 @@ class PreemptionCallback(TrainerCallback):
         if self._engine is not None:
             return self._engine.stop_agreed, self._engine.save_due
         preemption.step(step)
-        every = self._run.every_steps if self._run is not None else None
+        every = self.run.every_steps if self.run is not None else None
         by_steps = every is not None and step % every == 0
         return preemption.requested(), by_steps or self._due_by_the_clock()
 
     def _due_by_the_clock(self) -> bool:
         """Collective. Rank 0's clock counts."""
-        minutes = self._run.every_minutes if self._run is not None else None
-        if self._run is None or minutes is None:
+        minutes = self.run.every_minutes if self.run is not None else None
+        if self.run is None or minutes is None:
             return False
         if isinstance(minutes, str):
-            minutes = self._run.bounds_minutes[1]  # what a Trainer's save costs is not measured
+            minutes = self.run.bounds_minutes[1]  # what a Trainer's save costs is not measured
         due = time.monotonic() - self._saved_at > minutes * 60
         return on_rank_0("save", partial(bool, due))
 
     def record(self, event: str, **fields: Any) -> None:
         """Add one event to the run's, from rank 0; outside of a run, nothing."""
-        if self._run is not None and own_rank() == 0:
-            self._run.record(event, **fields)
+        if self.run is not None and own_rank() == 0:
+            self.run.record(event, **fields)
 
 
 def callback_of(trainer: Any) -> PreemptionCallback | None:
@@ -135,13 +136,13 @@ def join(trainer: Any) -> Path | None:
     """Collective. Bring the callback to a Trainer in a run; the checkpoint that this attempt goes on from, if there is one."""
     global _calls  # noqa: PLW0603 - one count a process
     _calls += 1
-    run = CurrentRun.from_environment()
     callback = callback_of(trainer)
     if callback is None:
-        if run is None:
-            return None
         callback = PreemptionCallback()
+        if callback.run is None:
+            return None
         trainer.add_callback(callback)
+    run = callback.run
     callback.trainer, callback.call, callback.resumed_from = weakref.ref(trainer), _calls, None
     if run is None or trainer.hp_search_backend is not None:
         return None

@@ -15,7 +15,6 @@ from hpc_ds.errors import CheckpointError
 from hpc_ds.integrations import trainer_folders as folders
 from hpc_ds.integrations.trainer_callback import PreemptionCallback, batch_of, callback_of
 from hpc_ds.run_dir import fsync_folder
-from hpc_ds.runtime.run import CurrentRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -79,7 +78,7 @@ def _save(trainer: Any, save: Callable[[], None], folder: Path, callback: Preemp
     finally:
         _postponed = None
     together(what, partial(folders.flush, folder, everything=bool(args.should_save), rank=args.process_index))
-    run = CurrentRun.from_environment()
+    run = callback.run
     of_run = ("", 0) if run is None else (str(run.files.root), run.attempt)
     made = folders.Made(
         *of_run, callback.call, trainer.state.global_step, batch_of(trainer), bool(complete), callback.by_itself
@@ -93,7 +92,7 @@ def _save(trainer: Any, save: Callable[[], None], folder: Path, callback: Preemp
 
 def _is_there(folder: Path, callback: PreemptionCallback) -> bool:
     """Whether this step is saved already: saving it again in the same place would destroy it first."""
-    run = CurrentRun.from_environment()
+    run = callback.run
     made = None if folders.mark_of(folder).exists() else folders.Made.read(folder)
     if run is None or made is None or made.run != str(run.files.root) or made.call != callback.call:
         return False
